@@ -1,0 +1,1 @@
+"""AQLM (Additive Quantization of Language Models) as an ordinary PyTorch tensor type."""

@@ -1,0 +1,1 @@
+"""From a dense weight to codes, codebooks and scales."""

@@ -1,0 +1,1 @@
+"""Adapters to other libraries; imported as `aqlm_tensor.integrations`."""
