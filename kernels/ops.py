@@ -1,0 +1,162 @@
+"""The ops `aqlm_tensor::linear`, `linear_input_grad`, `linear_param_grad`, `dequantize`, `dequantize_param_grad`.
+
+They are opaque to torch.compile (a compiled graph holds the op, and the registry chooses the kernel when it runs), have
+shape-only fakes and gradients to x, codebooks, scales and bias. All take plain tensors:
+
+    x          [..., I]                               float32, float16 or bfloat16
+    codes      [O/H, I/G, K]                          int8 (up to 8 bits) or int16
+    codebooks  [K, 2^N, H, G] or [P, K, 2^N, H, G]    x's dtype; P equal row partitions
+    scales     [O/H, 1, 1, 1]                         x's dtype
+    bias       [O] or None                            x's dtype
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.kernels import reference
+from aqlm_tensor.kernels.registry import Op, Problem, implementation
+from aqlm_tensor.scheme import AQLMScheme
+
+__all__ = [
+    "dequantize",
+    "dequantize_param_grad",
+    "linear",
+    "linear_input_grad",
+    "linear_param_grad",
+    "scheme_of",
+    "weight_shape",
+]
+
+
+def scheme_of(codebooks: Tensor) -> AQLMScheme:
+    """The scheme that codebooks [..., K, 2^N, H, G] belong to."""
+    num_codebooks, size, out_group, in_group = codebooks.shape[-4:]
+    return AQLMScheme(num_codebooks, (size - 1).bit_length(), in_group, out_group)
+
+
+def weight_shape(codes: Tensor, codebooks: Tensor) -> tuple[int, int]:
+    """(out_features, in_features) of the weight that codes and codebooks stand for."""
+    return codes.shape[-3] * codebooks.shape[-2], codes.shape[-2] * codebooks.shape[-1]
+
+
+def _problem(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Problem:
+    out_features, in_features = weight_shape(codes, codebooks)
+    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
+    return Problem(
+        op, scheme_of(codebooks), rows, in_features, out_features, partitions, codebooks.dtype, codebooks.device
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    flat = _flat(x)
+    kernel = implementation(_problem("linear", flat.shape[0], codes, codebooks))
+    return kernel(flat, codes, codebooks, scales, bias).view(*x.shape[:-1], weight_shape(codes, codebooks)[0])
+
+
+def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    flat = _flat(grad)
+    kernel = implementation(_problem("linear_input_grad", flat.shape[0], codes, codebooks))
+    return kernel(flat, codes, codebooks, scales).view(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
+
+
+def _linear_param_grad(
+    x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    return reference.linear_param_grad(_flat(x), _flat(grad), codes, codebooks, scales)
+
+
+def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    return implementation(_problem("dequantize", 0, codes, codebooks))(codes, codebooks, scales)
+
+
+_SIGNATURES = {
+    "linear": ("(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor", _linear),
+    "linear_input_grad": ("(Tensor grad, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor", _linear_input_grad),
+    "linear_param_grad": (
+        "(Tensor x, Tensor grad, Tensor codes, Tensor codebooks, Tensor scales) -> (Tensor, Tensor)",
+        _linear_param_grad,
+    ),
+    "dequantize": ("(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor", _dequantize),
+    "dequantize_param_grad": (
+        "(Tensor grad_weight, Tensor codes, Tensor codebooks, Tensor scales) -> (Tensor, Tensor)",
+        reference.dequantize_param_grad,
+    ),
+}
+for _name, (_signature, _function) in _SIGNATURES.items():
+    torch.library.define(f"aqlm_tensor::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"aqlm_tensor::{_name}", "default", _function)
+
+linear = torch.ops.aqlm_tensor.linear.default
+linear_input_grad = torch.ops.aqlm_tensor.linear_input_grad.default
+linear_param_grad = torch.ops.aqlm_tensor.linear_param_grad.default
+dequantize = torch.ops.aqlm_tensor.dequantize.default
+dequantize_param_grad = torch.ops.aqlm_tensor.dequantize_param_grad.default
+
+
+@torch.library.register_fake("aqlm_tensor::linear")
+def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], weight_shape(codes, codebooks)[0])
+
+
+@torch.library.register_fake("aqlm_tensor::linear_input_grad")
+def _(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
+    return grad.new_empty(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
+
+
+@torch.library.register_fake("aqlm_tensor::linear_param_grad")
+def _(x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
+
+
+@torch.library.register_fake("aqlm_tensor::dequantize")
+def _(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
+    return codebooks.new_empty(weight_shape(codes, codebooks))
+
+
+@torch.library.register_fake("aqlm_tensor::dequantize_param_grad")
+def _(grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch.library's signature
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codebooks, scales = ctx.saved_tensors
+    grad_x = linear_input_grad(grad, codes, codebooks, scales) if ctx.needs_input_grad[0] else None
+    grad_books = grad_scales = None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        grad_books, grad_scales = linear_param_grad(x, grad, codes, codebooks, scales)
+    grad_bias = _flat(grad).sum(0) if ctx.needs_input_grad[4] else None
+    return grad_x, None, grad_books, grad_scales, grad_bias
+
+
+def _linear_input_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # out = dense @ W, so the incoming gradient plays the part of x and `dense` that of the output's gradient
+    dense, codes, codebooks, scales = ctx.saved_tensors
+    grad_dense = linear(grad, codes, codebooks, scales, None) if ctx.needs_input_grad[0] else None
+    grad_books = grad_scales = None
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        grad_books, grad_scales = linear_param_grad(grad, dense, codes, codebooks, scales)
+    return grad_dense, None, grad_books, grad_scales
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, codebooks, scales = ctx.saved_tensors
+    grad_books, grad_scales = dequantize_param_grad(grad, codes, codebooks, scales)
+    return None, grad_books, grad_scales
+
+
+for _name, _backward in (
+    ("linear", _linear_backward),
+    ("linear_input_grad", _linear_input_grad_backward),
+    ("dequantize", _dequantize_backward),
+):
+    torch.library.register_autograd(f"aqlm_tensor::{_name}", cast("Any", _backward), setup_context=_save)

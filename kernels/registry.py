@@ -1,0 +1,179 @@
+"""Which kernel runs, and why: a static table of kernels, asked in order.
+
+Every kernel is a module with the functions `supports(problem)`, `linear`, `linear_input_grad` and `dequantize` over
+plain tensors (see `aqlm_tensor.kernels.reference` for their meaning). The first kernel in `KERNELS` whose `supports`
+answers None runs. The choice depends only on the `Problem`, never on timing, so the same call gives the same bits in
+every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL names one kernel instead; if it cannot run
+the problem, that is an error with its reason.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from aqlm_tensor.scheme import AQLMScheme
+
+__all__ = ["ENV_VARIABLE", "KERNELS", "Kernel", "Op", "Problem", "explain", "force_kernel", "implementation", "record"]
+
+ENV_VARIABLE = "AQLM_TENSOR_KERNEL"
+
+Op = Literal["linear", "linear_input_grad", "dequantize"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a kernel may look at to say whether it can run.
+
+    Attributes:
+        op: the function asked for.
+        scheme: codebooks and groups.
+        rows: rows of the dense operand (tokens); 0 for dequantize.
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        partitions: equal row partitions with codebooks of their own.
+        dtype: dtype of x, codebooks, scales and the result.
+        device: where all operands lie.
+    """
+
+    op: Op
+    scheme: AQLMScheme
+    rows: int
+    in_features: int
+    out_features: int
+    partitions: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: what `force_kernel` and AQLM_TENSOR_KERNEL call it.
+        module: the module with its functions, imported at first use.
+        device_types: torch device types it serves; empty for all.
+        requires: importable packages it needs.
+        remedy: how to install them.
+        fast: False for the fallback, which is right but slow and says so once.
+    """
+
+    name: str
+    module: str
+    device_types: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    remedy: str = ""
+    fast: bool = True
+
+    def why_not(self, problem: Problem) -> str | None:
+        """The reason why this kernel cannot run the problem, or None if it can."""
+        if self.device_types and problem.device.type not in self.device_types:
+            return f"runs on {' and '.join(self.device_types)}, not on {problem.device.type}"
+        missing = [package for package in self.requires if not _installed(package)]
+        if missing:
+            return f"needs {' and '.join(missing)}: {self.remedy}"
+        return importlib.import_module(self.module).supports(problem)
+
+    def function(self, op: Op) -> Callable[..., torch.Tensor]:
+        """The kernel's implementation of an op."""
+        return getattr(importlib.import_module(self.module), op)
+
+
+KERNELS: tuple[Kernel, ...] = (Kernel("torch", "aqlm_tensor.kernels.reference", fast=False),)
+
+_forced: ContextVar[str | None] = ContextVar("aqlm_tensor_forced_kernel", default=None)
+_recorder: ContextVar[list[tuple[Op, str]] | None] = ContextVar("aqlm_tensor_kernel_recorder", default=None)
+
+
+def implementation(problem: Problem) -> Callable[..., torch.Tensor]:
+    """The function that runs a problem: the forced kernel's, or that of the first kernel able to.
+
+    Raises:
+        ValueError: if a kernel is forced that does not exist or cannot run the problem.
+    """
+    kernel = _choose(problem, _forced.get() or os.environ.get(ENV_VARIABLE) or None)
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append((problem.op, kernel.name))
+    return kernel.function(problem.op)
+
+
+@contextlib.contextmanager
+def force_kernel(name: str) -> Iterator[None]:
+    """Run only the named kernel inside the block, in this thread; see `KERNELS` for the names.
+
+    Raises:
+        ValueError: at once if no kernel has that name, and by each op that the kernel cannot run.
+    """
+    _by_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[tuple[Op, str]]]:
+    """Yield a list that receives (op, kernel name) for every op run inside the block, in this thread."""
+    ran: list[tuple[Op, str]] = []
+    token = _recorder.set(ran)
+    try:
+        yield ran
+    finally:
+        _recorder.reset(token)
+
+
+def explain(problem: Problem) -> list[tuple[Kernel, str | None]]:
+    """Every kernel of the table with the reason why it cannot run the problem, or None; the first None is chosen."""
+    return [(kernel, kernel.why_not(problem)) for kernel in KERNELS]
+
+
+def _by_name(name: str) -> Kernel:
+    for kernel in KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise ValueError(f"no kernel is named {name!r}: choose one of {', '.join(kernel.name for kernel in KERNELS)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, forced: str | None) -> Kernel:
+    if forced is not None:
+        kernel = _by_name(forced)
+        reason = kernel.why_not(problem)
+        if reason is not None:
+            raise ValueError(f"kernel {forced!r} was forced but cannot run {problem.op} of {problem.scheme}: {reason}")
+        return kernel
+    for kernel, reason in explain(problem):
+        if reason is None:
+            if not kernel.fast:
+                _warn_slow(str(problem.scheme), problem.device.type)
+            return kernel
+    raise ValueError(f"no kernel can run {problem}: {explain(problem)}")
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_slow(scheme: str, device_type: str) -> None:
+    reasons = "; ".join(f"{kernel.name}: {kernel.remedy or 'not for this case'}" for kernel in KERNELS if kernel.fast)
+    warnings.warn(
+        f"no fast AQLM kernel for scheme {scheme} on {device_type} here ({reasons}); using the torch reference, which "
+        "is slow. `aqlm-tensor kernels --explain` shows why.",
+        stacklevel=2,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # a dotted name whose parent package is missing
+        return False
