@@ -32,7 +32,8 @@ __all__ = [
 
 def scheme_of(codebooks: Tensor) -> AQLMScheme:
     """The scheme that codebooks [..., K, 2^N, H, G] belong to."""
-    num_codebooks, size, out_group, in_group = codebooks.shape[-4:]
+    # int: a symbolic size of a traced tensor is specialised here, since a scheme is part of what is compiled
+    num_codebooks, size, out_group, in_group = (int(n) for n in codebooks.shape[-4:])
     return AQLMScheme(num_codebooks, (size - 1).bit_length(), in_group, out_group)
 
 
@@ -100,31 +101,31 @@ dequantize_param_grad = torch.ops.aqlm_tensor.dequantize_param_grad.default
 
 
 @torch.library.register_fake("aqlm_tensor::linear")
-def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_shape(codes, codebooks)[0])
 
 
 @torch.library.register_fake("aqlm_tensor::linear_input_grad")
-def _(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
+def _(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
 
 
 @torch.library.register_fake("aqlm_tensor::linear_param_grad")
-def _(x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
 
 
 @torch.library.register_fake("aqlm_tensor::dequantize")
-def _(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:  # noqa: ARG001
+def _(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     return codebooks.new_empty(weight_shape(codes, codebooks))
 
 
 @torch.library.register_fake("aqlm_tensor::dequantize_param_grad")
-def _(grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return codebooks.new_empty(codebooks.shape), scales.new_empty(scales.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch.library's signature
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 

@@ -1,10 +1,10 @@
 """Which kernel runs, and why: a static table of kernels, asked in order.
 
 Every kernel is a module with the functions `supports(problem)`, `linear`, `linear_input_grad` and `dequantize` over
-plain tensors (see `aqlm_tensor.kernels.reference` for their meaning). The first kernel in `KERNELS` whose `supports`
-answers None runs. The choice depends only on the `Problem`, never on timing, so the same call gives the same bits in
-every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL names one kernel instead; if it cannot run
-the problem, that is an error with its reason.
+plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), and `invalidate(codes)` if it caches anything.
+The first kernel in `KERNELS` whose `supports` answers None runs. The choice depends only on the `Problem`, never on
+timing, so the same call gives the same bits in every process. `force_kernel` or the environment variable
+AQLM_TENSOR_KERNEL names one kernel instead; if it cannot run the problem, that is an error with its reason.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -22,7 +23,18 @@ import torch
 
 from aqlm_tensor.scheme import AQLMScheme
 
-__all__ = ["ENV_VARIABLE", "KERNELS", "Kernel", "Op", "Problem", "explain", "force_kernel", "implementation", "record"]
+__all__ = [
+    "ENV_VARIABLE",
+    "KERNELS",
+    "Kernel",
+    "Op",
+    "Problem",
+    "explain",
+    "force_kernel",
+    "implementation",
+    "invalidate",
+    "record",
+]
 
 ENV_VARIABLE = "AQLM_TENSOR_KERNEL"
 
@@ -136,6 +148,14 @@ def record() -> Iterator[list[tuple[Op, str]]]:
 def explain(problem: Problem) -> list[tuple[Kernel, str | None]]:
     """Every kernel of the table with the reason why it cannot run the problem, or None; the first None is chosen."""
     return [(kernel, kernel.why_not(problem)) for kernel in KERNELS]
+
+
+def invalidate(codes: torch.Tensor) -> None:
+    """Make every kernel forget what it derived from these codes (repacked copies, tables)."""
+    for kernel in KERNELS:
+        module = sys.modules.get(kernel.module)  # a kernel that never ran has nothing to forget
+        if module is not None and hasattr(module, "invalidate"):
+            module.invalidate(codes)
 
 
 def _by_name(name: str) -> Kernel:

@@ -1,0 +1,158 @@
+"""Products with an AQLMTensor.
+
+They run on the codes through `aqlm_tensor::linear` and `linear_input_grad`, whichever side the quantized matrix is on;
+nothing is silently made dense. `aqlm_tensor.tensor_views` holds slicing, concatenation and copies.
+
+There are two layers, as torch has them: `F.linear` and `matmul` are taken at the function level, where the ops record
+their own gradients; the aten ops below autograd serve `mm`, `addmm` and friends and code that runs without it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aqlm_tensor.kernels import ops
+from aqlm_tensor.tensor import AQLMTensor
+
+__all__ = ["REMEDY", "bind", "transposed"]
+
+aten = torch.ops.aten
+implements = AQLMTensor.implements
+implements_torch_function = AQLMTensor.implements_torch_function
+
+REMEDY = "call `.dequantize()` first to work on the dense weight"
+
+
+def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] times w [O, I] transposed, plus bias [O]."""
+    if w.dim() != 2:
+        raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
+    _check_operand(x, w, x.shape[-1] if x.dim() else None, w.shape[1])
+    x, codebooks, scales, bias = _autocast(x, w.codebooks, w.scales, bias)
+    if w.orientation == "matrix":
+        return ops.linear(x, w.codes, codebooks, scales, bias)
+    y = ops.linear_input_grad(x, w.codes, codebooks, scales)
+    return y if bias is None else y + bias
+
+
+def _check_operand(x: Tensor, w: AQLMTensor, inner: int | None, expected: int) -> None:
+    if isinstance(x, AQLMTensor):
+        raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")
+    if inner != expected:
+        raise ValueError(f"cannot multiply: x has shape {tuple(x.shape)}, the AQLM weight {tuple(w.shape)}")
+    if x.device != w.device:
+        raise ValueError(f"x is on {x.device} but the AQLM weight is on {w.device}: move one of them with `.to(...)`")
+    if x.dtype != w.dtype and not torch.is_autocast_enabled(x.device.type):
+        # not a TypeError: Python's `@` would swallow it
+        raise ValueError(f"x is {x.dtype} but the AQLM weight is {w.dtype}: cast one of them with `.to(...)`")
+
+
+def _autocast(
+    x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The floating operands in autocast's dtype if autocast is on, as it would do for a dense linear."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, codebooks, scales, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """torch.matmul with an AQLMTensor on either side."""
+    w, dense = (b, a) if isinstance(b, AQLMTensor) else (a, b)
+    assert isinstance(w, AQLMTensor)
+    if w.dim() == 3:
+        return _bmm(a, b)
+    if w.dim() == 1:
+        raise ValueError(f"matmul needs a 2-D AQLM weight, got shape {tuple(w.shape)}; unsqueeze(0) it or {REMEDY}")
+    if w is b:
+        return _linear(dense, transposed(w))
+    return _linear(dense, w) if dense.dim() == 1 else _linear(dense.mT, w).mT
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product with a stack of expert weights [E, O, I] (or transposed) on either side, one expert at a time."""
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise ValueError(
+            f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)} as batches of matrices: both must be 3-D "
+            "with the same first size and matching inner sizes"
+        )
+    w, dense = (b, a) if isinstance(b, AQLMTensor) else (a, b)
+    assert isinstance(w, AQLMTensor)
+    pairs = zip(dense.unbind(0), w.experts(), strict=True)
+    experts = ((x, AQLMTensor(*parts, w.orientation)) for x, parts in pairs)
+    if w is b:
+        return torch.stack([_linear(x, transposed(expert)) for x, expert in experts])
+    return torch.stack([_linear(x.mT, expert).mT for x, expert in experts])
+
+
+def transposed(w: AQLMTensor) -> AQLMTensor:
+    """The transposed view, on the same three tensors; a row is its own."""
+    if w.orientation == "row":
+        return w
+    return AQLMTensor(*w.parts(), "matrix" if w.orientation == "transposed" else "transposed")
+
+
+@implements_torch_function(F.linear)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
+    if isinstance(bias, AQLMTensor) or not isinstance(weight, AQLMTensor):
+        if isinstance(bias, AQLMTensor):
+            raise TypeError(f"an AQLMTensor cannot be a bias: {REMEDY}")
+        y = _matmul(x, weight.mT)
+        return y if bias is None else y + bias
+    return _linear(x, weight, bias)
+
+
+@implements_torch_function(
+    [torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.mv, torch.Tensor.mv]
+)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _matmul(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())))
+
+
+@implements_torch_function(torch.Tensor.__rmatmul__)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _matmul(args[1], args[0])
+
+
+@implements_torch_function([torch.bmm, torch.Tensor.bmm])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _bmm(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())))
+
+
+@implements(aten.linear.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
+    return F.linear(x, weight, bias)
+
+
+@implements([aten.mm.default, aten.mv.default, aten.matmul.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _matmul(args[0], args[1])
+
+
+@implements(aten.bmm.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _bmm(args[0], args[1])
+
+
+@implements([aten.addmm.default, aten.addmv.default, aten.baddbmm.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    base, a, b = args
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if beta == 1 and alpha == 1 and base.dim() == 1 and isinstance(b, AQLMTensor) and b.dim() == 2:
+        return _linear(a, transposed(b), base)
+    product = _matmul(a, b)
+    if alpha != 1:
+        product = product * alpha
+    # as in torch, beta = 0 ignores the base, NaN included
+    return product.expand(torch.broadcast_shapes(product.shape, base.shape)) if beta == 0 else product + beta * base
+
+
+def bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Any]:
+    """The arguments of a call in the order of `names`, None where absent."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

@@ -1,0 +1,288 @@
+"""Views, copies and constructors of an AQLMTensor: what codes can express shares memory, the rest raises.
+
+Rows, whole input groups, experts and the transpose are views. Stacking rows of weights with different codebooks gives
+partitioned codebooks, so concatenation along out_features always works; along in_features it needs equal ones.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+implements = AQLMTensor.implements
+
+
+def _axis(w: AQLMTensor, dim: int) -> str:
+    """What a dimension of the tensor is: "expert", "out" or "in"."""
+    if not -w.dim() <= dim < w.dim():
+        raise IndexError(f"dimension {dim} is out of range for an AQLMTensor of {w.dim()} dimensions")
+    axes = {"matrix": ("expert", "out", "in"), "transposed": ("expert", "in", "out"), "row": ("in",)}[w.orientation]
+    return axes[-w.dim() :][dim]
+
+
+def _slice(w: AQLMTensor, dim: int, start: int, stop: int, step: int = 1) -> AQLMTensor:
+    """w[start:stop:step] along a dimension, sharing memory with w."""
+    axis = _axis(w, dim)
+    scheme = w.scheme
+    if axis == "expert":
+        parts = tuple(part[start:stop:step] for part in w.parts())
+        return AQLMTensor(*parts, w.orientation)
+    group = scheme.out_group_size if axis == "out" else scheme.in_group_size
+    if start % group or stop % group or step != 1:
+        raise ValueError(
+            f"cannot slice {start}:{stop}:{step} along {axis}_features of an AQLMTensor {scheme}: start and stop must "
+            f"be multiples of {group} and step 1; {REMEDY}"
+        )
+    first, length = start // group, max(0, stop - start) // group
+    if axis == "in":
+        return AQLMTensor(w.codes.narrow(-2, first, length), w.codebooks, w.scales, w.orientation)
+    codes, scales = w.codes.narrow(-3, first, length), w.scales.narrow(-4, first, length)
+    return AQLMTensor(codes, _join(_books(w, first, first + length), scheme_dim=w.codes.dim()), scales, w.orientation)
+
+
+def _books(w: AQLMTensor, start: int, stop: int) -> list[tuple[Tensor, int]]:
+    """(codebooks without partitions, number of out groups) of each stretch of out groups start..stop."""
+    if w.partitions == 1:
+        books = w.codebooks if w.codebooks.dim() == w.codes.dim() + 1 else w.codebooks.select(-5, 0)
+        return [(books, stop - start)]
+    size = w.codes.shape[-3] // w.partitions
+    if stop == start or size == 0:
+        return [(w.codebooks.select(-5, 0), 0)]
+    return [
+        (w.codebooks.select(-5, p), min(stop, (p + 1) * size) - max(start, p * size))
+        for p in range(start // size, (stop - 1) // size + 1)
+    ]
+
+
+def _join(stretches: Sequence[tuple[Tensor, int]], scheme_dim: int) -> Tensor:
+    """Codebooks, partitioned if need be, of stretches of out groups with codebooks of their own, in order.
+
+    Partitions are equal, so uneven stretches are cut to their greatest common divisor and repeat their codebooks.
+    """
+    merged: list[tuple[Tensor, int]] = []
+    for books, groups in stretches:
+        if merged and (groups == 0 or _same(merged[-1][0], books)):
+            merged[-1] = (merged[-1][0], merged[-1][1] + groups)
+        elif merged and merged[-1][1] == 0:
+            merged[-1] = (books, groups)
+        else:
+            merged.append((books, groups))
+    if len(merged) == 1:
+        return merged[0][0]
+    size = math.gcd(*(groups for _, groups in merged))
+    return torch.stack([books for books, groups in merged for _ in range(groups // size)], dim=scheme_dim - 3)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are known to hold the same values; unknown (meta, tracing) counts as different."""
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or type(a) is not Tensor or type(b) is not Tensor:
+        return False
+    return torch.equal(a, b)
+
+
+def _bounds(size: int, start: int | None, stop: int | None) -> tuple[int, int]:
+    """Python's meaning of a slice's ends, in 0..size and ordered."""
+    first, last, _ = slice(start, stop).indices(size)
+    return first, max(first, last)
+
+
+@implements(aten.slice.Tensor)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w, dim, start, stop, step = bind(("self", "dim", "start", "end", "step"), args, kwargs)
+    dim = dim or 0
+    first, last = _bounds(w.shape[dim], start, stop)
+    return return_and_correct_aliasing(func, args, kwargs, _slice(w, dim, first, last, 1 if step is None else step))
+
+
+@implements(aten.select.int)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w, dim, index = args
+    if not -w.shape[dim] <= index < w.shape[dim]:
+        raise IndexError(f"index {index} is out of range for dimension {dim} of size {w.shape[dim]}")
+    index %= w.shape[dim]
+    axis = _axis(w, dim)
+    if axis == "expert":
+        out = AQLMTensor(*(part.select(0, index) for part in w.parts()), w.orientation)
+    elif axis == "out" and w.dim() == 2 and w.scheme.out_group_size == 1:
+        out = AQLMTensor(*_slice(w, dim, index, index + 1).parts(), "row")
+    else:
+        raise ValueError(f"cannot select one index along {axis}_features of an AQLMTensor {w.scheme}: {REMEDY}")
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]:
+    w, sizes, dim = bind(("self", "split_size", "dim"), args, kwargs)
+    dim = dim or 0
+    total = w.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)] or [0]
+    elif sum(sizes) != total:
+        raise ValueError(f"split sizes {list(sizes)} do not add up to {total}, the size of dimension {dim}")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [aten.slice.Tensor(w, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@implements([aten.t.default, aten.transpose.int, aten.permute.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w = args[0]
+    axes = list(range(w.dim()))
+    if func is aten.permute.default:
+        axes = [dim % w.dim() for dim in args[1]]
+    elif w.dim() > 1:
+        a, b = (0, 1) if func is aten.t.default else (dim % w.dim() for dim in args[1:])
+        axes[a], axes[b] = axes[b], axes[a]
+    identity = list(range(w.dim()))
+    if axes == identity:
+        out = AQLMTensor(*w.parts(), w.orientation)
+    elif axes == [*identity[:-2], identity[-1], identity[-2]]:
+        out = transposed(w)
+    else:
+        raise ValueError(f"an AQLMTensor can only swap its last two dimensions, not permute to {axes}: {REMEDY}")
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements([aten.view.default, aten._unsafe_view.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w, shape = args[0], list(args[1])
+    if shape.count(-1) == 1:
+        known = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = w.numel() // known if known else 0
+    if tuple(shape) == tuple(w.shape):
+        out = AQLMTensor(*w.parts(), w.orientation)
+    elif w.orientation == "row" and shape == [1, *w.shape]:
+        out = AQLMTensor(*w.parts())
+    else:
+        raise ValueError(f"cannot view an AQLMTensor of shape {tuple(w.shape)} as {tuple(args[1])}: {REMEDY}")
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements(aten.unsqueeze.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w, dim = args
+    if dim not in (0, -w.dim() - 1) or w.dim() == 3:
+        raise ValueError(f"cannot unsqueeze dimension {dim} of an AQLMTensor of shape {tuple(w.shape)}: {REMEDY}")
+    if w.orientation == "row":
+        out = AQLMTensor(*w.parts())
+    else:
+        out = AQLMTensor(*(part.unsqueeze(0) for part in w.parts()), w.orientation)
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@implements(aten.cat.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    tensors, dim = bind(("tensors", "dim"), args, kwargs)
+    return _cat(tensors, dim or 0)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> AQLMTensor:
+    """Concatenate AQLMTensors of one scheme, dtype and orientation."""
+    first = tensors[0]
+    if not all(isinstance(w, AQLMTensor) for w in tensors):
+        raise TypeError(f"cannot concatenate AQLMTensors with dense tensors: {REMEDY}")
+    weights: list[AQLMTensor] = list(tensors)  # pyright: ignore[reportAssignmentType] - checked above
+    kinds = {(str(w.scheme), w.dtype, w.device, w.orientation, w.dim()) for w in weights}
+    if len(kinds) > 1:
+        raise ValueError(f"cannot concatenate AQLMTensors of different schemes, dtypes, devices or views: {kinds}")
+    axis = _axis(weights[0], dim)
+    fixed = [i for i in range(first.dim()) if i != dim % first.dim()]
+    if any([w.shape[i] for i in fixed] != [first.shape[i] for i in fixed] for w in weights):
+        raise ValueError(f"cannot concatenate shapes {[tuple(w.shape) for w in weights]} along dimension {dim}")
+    codes, codebooks, scales = zip(*(w.parts() for w in weights), strict=True)
+    if axis == "expert":
+        return AQLMTensor(torch.cat(codes), torch.cat(codebooks), torch.cat(scales), weights[0].orientation)
+    if axis == "in":
+        if not all(_same(codebooks[0], c) and _same(scales[0], s) for c, s in zip(codebooks, scales, strict=True)):
+            raise ValueError(
+                f"AQLMTensors concatenate along in_features only with identical codebooks and scales: {REMEDY}"
+            )
+        return AQLMTensor(torch.cat(codes, -2), codebooks[0], scales[0], weights[0].orientation)
+    stretches = [stretch for w in weights for stretch in _books(w, 0, w.codes.shape[-3])]
+    books = _join(stretches, scheme_dim=codes[0].dim())
+    return AQLMTensor(torch.cat(codes, -3), books, torch.cat(scales, -4), weights[0].orientation)
+
+
+@implements([aten._to_copy.default, aten.to.dtype_layout])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w = args[0]
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("layout", "memory_format", "copy")}
+    target = w._get_to_kwargs(*args[1:], **kwargs)
+    device, dtype, non_blocking = target["device"], target["dtype"], target["non_blocking"]
+    if not dtype.is_floating_point:
+        raise TypeError(f"an AQLMTensor can be cast to float32, float16 or bfloat16, not {dtype}: {REMEDY}")
+    return AQLMTensor(
+        w.codes.to(device, non_blocking=non_blocking, copy=True),
+        w.codebooks.to(device, dtype, non_blocking=non_blocking, copy=True),
+        w.scales.to(device, dtype, non_blocking=non_blocking, copy=True),
+        w.orientation,
+    )
+
+
+@implements(aten.copy_.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w, source, non_blocking = bind(("self", "src", "non_blocking"), args, kwargs)
+    if not isinstance(w, AQLMTensor) or not isinstance(source, AQLMTensor):
+        raise TypeError(
+            "copy_ between an AQLMTensor and a dense tensor is not defined: quantize the source with "
+            "`AQLMTensor.from_hp`, or `.dequantize()` to copy out of one"
+        )
+    shapes = [[tuple(part.shape) for part in tensor.parts()] for tensor in (w, source)]
+    if shapes[0] != shapes[1] or w.orientation != source.orientation:
+        raise ValueError(f"copy_ needs AQLMTensors of the same scheme and shape, got {source!r} into {w!r}")
+    for target, part in zip(w.parts(), source.parts(), strict=True):
+        target.copy_(part, non_blocking=bool(non_blocking))
+    return w
+
+
+def _new(w: AQLMTensor, shape: Sequence[int], kwargs: dict, make: Callable[..., Tensor]) -> Tensor:
+    """A tensor of `shape` from `make`: an AQLMTensor where w's scheme can have that shape, else a dense one."""
+    options = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "pin_memory") and value}
+    dtype, scheme = options.pop("dtype", w.dtype), w.scheme
+    if w.orientation != "matrix" or len(shape) != w.dim() or scheme.why_not(*shape[-2:]) or not dtype.is_floating_point:
+        return make(w.scales, shape, dtype=dtype, **options)
+    lead = tuple(shape[:-2])
+    codes = make(w.codes, (*lead, *scheme.codes_shape(*shape[-2:])), **options)
+    codebooks = make(w.codebooks, (*lead, *scheme.codebooks_shape), dtype=dtype, **options)
+    return AQLMTensor(codes, codebooks, make(w.scales, (*codes.shape[:-2], 1, 1, 1), dtype=dtype, **options))
+
+
+@implements([aten.new_zeros.default, aten.zeros_like.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _new(args[0], args[1] if len(args) > 1 else args[0].shape, kwargs, Tensor.new_zeros)
+
+
+@implements([aten.new_empty.default, aten.empty_like.default])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    if len(args) == 1 and isinstance(args[0], AQLMTensor):
+        w = args[0]  # the same structure, partitions and orientation included
+        options = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
+        dtype = options.pop("dtype", w.dtype)
+        return AQLMTensor(
+            torch.empty_like(w.codes, **options),
+            torch.empty_like(w.codebooks, dtype=dtype, **options),
+            torch.empty_like(w.scales, dtype=dtype, **options),
+            w.orientation,
+        )
+    return _new(args[0], args[1], kwargs, Tensor.new_empty)
+
+
+@implements(aten._pin_memory.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    w = args[0]
+    return AQLMTensor(*(part.pin_memory() for part in w.parts()), w.orientation)
+
+
+@implements(aten.is_pinned.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> bool:
+    return all(part.is_pinned() for part in args[0].parts())
