@@ -1,0 +1,188 @@
+"""Code search: given codebooks, choose every group's codes so that the weighted error of its row is small.
+
+Rows are independent. Within a row the groups are visited in order; each takes the codes that minimise a quadratic
+q M q^T - 2 b q^T, where b carries the errors of the other groups. With the couplings of the Hessian itself this is
+coordinate descent (as in AQLM, Egiazarian et al. 2024, arXiv 2401.06118, section 3.2); with those of its block UDU^T
+factor it is error feedback (GPTQ, Frantar et al. 2023, arXiv 2210.17323; QuIP, Chee et al. 2023, arXiv 2307.13304).
+One group's codes are searched two codebooks at a time: all pairs of entries for codebooks of up to 256 entries, a beam
+over the first codebook for larger ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.quantizer.parallel import numba_search, row_map
+
+__all__ = ["Coupling", "gather", "sweep"]
+
+_EXHAUSTIVE_SIZE = 256  # codebooks up to this size are searched over all pairs
+_BLOCK_COLUMNS = 256  # groups whose feedback is updated one by one before the next matrix product
+_CHUNK_ELEMENTS = 1 << 24  # scratch floats of one step
+_PAIR_BITS = 28  # |pair costs| < 2^28 and row costs <= 2^29 each: sums stay inside int32
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the groups of a row depend on one another.
+
+    Attributes:
+        metric: M of each group, [in_groups, G, G], symmetric positive semidefinite.
+        feedback: couplings between inputs, [I, I], zero in the diagonal blocks: errors e add e @ feedback to b.
+        causal: whether `feedback` reaches later groups only (error feedback from scratch).
+    """
+
+    metric: Tensor
+    feedback: Tensor
+    causal: bool
+
+
+def gather(codebooks: Tensor, indices: Tensor) -> Tensor:
+    """Sum of the entries that `indices` [R, J, K] select from `codebooks` [K, S, H, G]: [R, H, J * G]."""
+    total = codebooks[0][indices[..., 0]]
+    for k in range(1, codebooks.shape[0]):
+        total += codebooks[k][indices[..., k]]
+    return total.transpose(1, 2).reshape(indices.shape[0], codebooks.shape[2], -1)
+
+
+def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: Coupling, beam_width: int) -> Tensor:
+    """Visit every group once, in order, and return the new indices [R, J, K].
+
+    Args:
+        target: normalised weights, [R, H, I].
+        indices: current choice, [R, J, K]; None chooses from scratch (only with a causal coupling). Left alone.
+        codebooks: [K, S, H, G].
+        coupling: metric and feedback; see there.
+        beam_width: entries kept of the first codebook of a pair, for codebooks too large to try all pairs.
+    """
+    rows, height, columns = target.shape
+    group = codebooks.shape[-1]
+    fresh = indices is None
+    if indices is None:
+        indices = torch.zeros(rows, columns // group, len(codebooks), dtype=torch.int64, device=target.device)
+        error = torch.zeros_like(target)
+    else:
+        indices = indices.clone()
+        error = torch.zeros_like(target) if coupling.causal else target - gather(codebooks, indices)
+    search = _GroupSearch(codebooks, beam_width)
+    width = max(group, _BLOCK_COLUMNS // group * group)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        known = start if coupling.causal else columns
+        pending = error[..., :known] @ coupling.feedback[:known, start:stop]
+        for left in range(start, stop, group):
+            j, right = left // group, left + group
+            metric = coupling.metric[j]
+            linear = target[..., left:right] @ metric + pending[..., left - start : right - start]
+            chosen = search(metric, linear, None if fresh else indices[:, j])
+            indices[:, j] = chosen
+            new = target[..., left:right] - gather(codebooks, chosen[:, None])
+            if right < stop:
+                change = new - error[..., left:right]
+                pending[..., right - start :] += change @ coupling.feedback[left:right, right:stop]
+            error[..., left:right] = new
+    return indices
+
+
+class _GroupSearch:
+    """Minimise q M q^T - 2 b q^T over the sums q of one entry per codebook, for many b at once."""
+
+    def __init__(self, codebooks: Tensor, beam_width: int) -> None:
+        self.codebooks = codebooks
+        self.flat = codebooks.flatten(2)  # [K, S, H * G]
+        count, size = codebooks.shape[:2]
+        self.exhaustive = size <= _EXHAUSTIVE_SIZE
+        self.beam_width = min(beam_width, size)
+        self.pairs = [(k, k + 1) for k in range(count - 1)] + ([(count - 1, 0)] if count > 2 else [])
+
+    def __call__(self, metric: Tensor, linear: Tensor, current: Tensor | None) -> Tensor:
+        """Indices [R, K] for linear terms b [R, H, G]; `current` [R, K] is where the search starts, if known."""
+        weighted = (self.codebooks @ metric).flatten(2)  # [K, S, H * G]
+        squares = (weighted * self.flat).sum(2)
+        rows = linear.shape[0]
+        step = max(1, _CHUNK_ELEMENTS // squares.numel())
+        chosen = torch.empty(rows, len(self.flat), dtype=torch.int64, device=linear.device)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            flat = linear[part].flatten(1)
+            costs = torch.baddbmm(squares[:, None], flat.expand(len(self.flat), -1, -1), self.flat.mT, alpha=-2.0)
+            begin = None if current is None else current[part]
+            chosen[part] = self._search(costs, weighted, begin)
+        return chosen
+
+    def _search(self, costs: Tensor, weighted: Tensor, current: Tensor | None) -> Tensor:
+        """`costs` [K, R, S] of each entry alone -> indices [R, K]."""
+        count, rows = costs.shape[:2]
+        if count == 1:
+            return costs[0].argmin(1, keepdim=True)
+        passes = 1 if current is not None or count == 2 else 2
+        known = [current is not None] * count
+        chosen = (
+            torch.zeros(rows, count, dtype=torch.int64, device=costs.device) if current is None else current.clone()
+        )
+        for first, second in self.pairs * passes:
+            others = [k for k in range(count) if k not in (first, second) and known[k]]
+            given = [self._given(costs, weighted, k, others, chosen) for k in (first, second)]
+            start = chosen[:, first] if known[first] and known[second] else None
+            chosen[:, [first, second]] = self._search_pair(first, second, given[0], given[1], weighted, start)
+            known[first] = known[second] = True
+        return chosen
+
+    def _given(self, costs: Tensor, weighted: Tensor, k: int, others: list[int], chosen: Tensor) -> Tensor:
+        """Costs [R, S] of the entries of codebook k when the codes of `others` are fixed."""
+        if not others:
+            return costs[k]
+        fixed = self.flat[others[0]][chosen[:, others[0]]]
+        for other in others[1:]:
+            fixed = fixed + self.flat[other][chosen[:, other]]
+        return torch.addmm(costs[k], fixed, weighted[k].mT, alpha=2.0)
+
+    def _search_pair(
+        self, first: int, second: int, costs1: Tensor, costs2: Tensor, weighted: Tensor, start: Tensor | None
+    ) -> Tensor:
+        if self.exhaustive:
+            return _all_pairs(costs1, costs2, 2.0 * (weighted[first] @ self.flat[second].mT))
+        candidates = costs1.topk(self.beam_width, dim=1, largest=False).indices
+        if start is not None:  # the present code competes, so that a visit never makes the row worse
+            candidates = torch.cat([candidates, start[:, None]], 1)
+        totals, partners = [], []
+        for code in candidates.unbind(1):
+            total = torch.addmm(costs2, weighted[first][code], self.flat[second].mT, alpha=2.0)
+            value, partner = total.min(1)
+            totals.append(value + costs1.gather(1, code[:, None])[:, 0])
+            partners.append(partner)
+        best = torch.stack(totals, 1).argmin(1, keepdim=True)
+        return torch.cat([candidates.gather(1, best), torch.stack(partners, 1).gather(1, best)], 1)
+
+
+def _all_pairs(costs1: Tensor, costs2: Tensor, pairs: Tensor) -> Tensor:
+    """Argmin over (i, l) of costs1[r, i] + costs2[r, l] + pairs[i, l]: indices [R, 2].
+
+    In fixed point, so that every back end sees the same sums. A row's costs are taken relative to their minimum and
+    capped at twice the largest pair cost: an entry beyond the cap cannot be part of the best pair.
+    """
+    largest = max(float(pairs.abs().max()), 1e-30)
+    factor = float(1 << _PAIR_BITS) / largest
+    limit = float(2 << _PAIR_BITS)
+    fixed = (pairs * factor).to(torch.int32)
+    rows = costs1.shape[0]
+    numba_backend = numba_search(costs1.device)
+    if numba_backend is not None:
+        chosen = torch.empty(rows, 2, dtype=torch.int64)
+        arrays = (costs1.numpy(), costs2.numpy(), fixed.numpy(), chosen.numpy())
+        np_factor, np_limit = arrays[0].dtype.type(factor), arrays[0].dtype.type(limit)
+
+        def search_rows(part: slice) -> None:
+            numba_backend.pair_argmin(arrays[0][part], arrays[1][part], arrays[2], np_factor, np_limit, arrays[3][part])
+
+        row_map(search_rows, rows)
+        return chosen
+    one, two = ((c - c.amin(1, keepdim=True)).mul_(factor).clamp_(max=limit).to(torch.int32) for c in (costs1, costs2))
+    step = max(1, _CHUNK_ELEMENTS // fixed.numel())
+    parts = [
+        (one[start : start + step, :, None] + two[start : start + step, None, :] + fixed).flatten(1).argmin(1)
+        for start in range(0, rows, step)
+    ]
+    best = torch.cat(parts)
+    return torch.stack([best // fixed.shape[1], best % fixed.shape[1]], 1)
