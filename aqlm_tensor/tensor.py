@@ -160,7 +160,7 @@ class AQLMTensor(TorchAOBaseTensor):
         return self.codes, self.codebooks, self.scales
 
     def dequantize(self) -> Tensor:
-        """The dense weight of the same shape, dtype and device, each element rounded once from float32."""
+        """The dense weight of the same shape, dtype and device, each element rounded once."""
         if self.codes.dim() == 3:
             dense = ops.dequantize(*self.parts())
         else:

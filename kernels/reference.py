@@ -1,7 +1,11 @@
 """Plain torch: the specification of every op, right for every scheme, dtype and device, and slow.
 
-It decodes a block of weight rows at a time in float32 and multiplies in float32, so no dense copy of a large weight
-ever exists. Every other kernel is held to the same contract; this one also serves where no faster kernel exists.
+It decodes a block of weight rows at a time, so no dense copy of a large weight ever exists. Every other kernel is held
+to the same contract; this one also serves where no faster kernel exists.
+
+Sums are formed in float64 where the device has it. A BLAS adds in an order that depends on the number of threads, and
+may use TF32 or bfloat16 for float32 matrices if the user allowed that elsewhere; the contract permits neither, and
+rounding a float64 sum once hides the first (but for one element in some hundred millions) and excludes the second.
 
 Shapes: O out_features, I in_features, H out_group_size, G in_group_size, K codebooks of C entries, P partitions,
 M rows of the dense operand.
@@ -25,7 +29,16 @@ __all__ = [
     "supports",
 ]
 
-_BLOCK_ELEMENTS = 1 << 21  # decoded weights held at a time: 8 MB of float32
+_BLOCK_ELEMENTS = 1 << 20  # decoded weights held at a time: 8 MB of float64
+
+
+def _wide_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype in which sums are formed."""
+    return tensor.to(_wide_dtype(tensor.device))
 
 
 def supports(problem: Problem) -> str | None:
@@ -34,29 +47,29 @@ def supports(problem: Problem) -> str | None:
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, I] times the transposed weight plus bias [O]: [M, O] in x's dtype, accumulated in float32."""
+    """x [M, I] times the transposed weight plus bias [O]: [M, O] in x's dtype, each element rounded once."""
     out_features = codes.shape[0] * codebooks.shape[-2]
-    y = x.new_empty(x.shape[0], out_features, dtype=torch.float32)
-    wide = x.float()
+    wide = _wide(x)
+    y = wide.new_empty(x.shape[0], out_features)
     for rows, weight in _decoded_blocks(codes, codebooks, scales):
         y[:, rows] = wide @ weight.T
     if bias is not None:
-        y += bias.float()
+        y += _wide(bias)
     return y.to(x.dtype)
 
 
 def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """Grad [M, O] times the weight: [M, I] in grad's dtype, accumulated in float32."""
+    """Grad [M, O] times the weight: [M, I] in grad's dtype, each element rounded once."""
     in_features = codes.shape[1] * codebooks.shape[-1]
-    out = grad.new_zeros(grad.shape[0], in_features, dtype=torch.float32)
-    wide = grad.float()
+    wide = _wide(grad)
+    out = wide.new_zeros(grad.shape[0], in_features)
     for rows, weight in _decoded_blocks(codes, codebooks, scales):
         out.addmm_(wide[:, rows], weight)
     return out.to(grad.dtype)
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """The dense weight [O, I] in the codebooks' dtype, each element rounded once from float32."""
+    """The dense weight [O, I] in the codebooks' dtype, each element rounded once."""
     shape = (codes.shape[0] * codebooks.shape[-2], codes.shape[1] * codebooks.shape[-1])
     out = codebooks.new_empty(shape)
     for rows, weight in _decoded_blocks(codes, codebooks, scales):
@@ -70,7 +83,7 @@ def dequantize_param_grad(
     """Gradients to codebooks and scales, in their shapes and dtypes, of a gradient [O, I] to the dense weight."""
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, grad_weight.shape[0]), grad_weight.float()
+        yield slice(0, grad_weight.shape[0]), _wide(grad_weight)
 
     return _param_grad(blocks(), codes, codebooks, scales)
 
@@ -82,7 +95,7 @@ def linear_param_grad(
 
     The dense weight's gradient grad^T x is formed for a block of rows at a time and never as a whole.
     """
-    wide_x, wide_grad = x.float(), grad.float()
+    wide_x, wide_grad = _wide(x), _wide(grad)
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         for rows in _row_blocks(codes, codebooks):
@@ -109,22 +122,22 @@ def _row_blocks(codes: Tensor, codebooks: Tensor) -> Iterator[slice]:
 
 
 def _decoded_blocks(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, weight rows [R, I] in float32) covering the weight once, in order."""
+    """(rows, weight rows [R, I], wide) covering the weight once, in order."""
     out_group = codebooks.shape[-2]
     for rows in _row_blocks(codes, codebooks):
         groups = slice(rows.start // out_group, rows.stop // out_group)
         unscaled, _ = _decode(codes[groups], _books_of(groups, codes, codebooks))
-        yield rows, _to_rows(unscaled * scales[groups].float())
+        yield rows, _to_rows(unscaled * _wide(scales[groups]))
 
 
 def _books_of(groups: slice, codes: Tensor, codebooks: Tensor) -> Tensor:
-    """The codebooks [K, C, H, G] in float32 of the partition that a block of out groups lies in."""
+    """The codebooks [K, C, H, G], wide, of the partition that a block of out groups lies in."""
     books = _partitioned(codebooks)
-    return books[groups.start * books.shape[0] // codes.shape[0]].float()
+    return _wide(books[groups.start * books.shape[0] // codes.shape[0]])
 
 
 def _decode(codes: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of entries [R, I/G, H, G] in float32, and the indices [R, I/G, K] they came from."""
+    """Sums of entries [R, I/G, H, G] in the dtype of the books, and the indices [R, I/G, K] they came from."""
     num_codebooks, size, out_group, in_group = books.shape
     indices = codes_to_indices(codes, (size - 1).bit_length())
     total = books.new_zeros(*codes.shape[:2], out_group * in_group)
@@ -150,16 +163,16 @@ def _param_grad(
     """Scatter blocks of the dense weight's gradient to the entries and scales that produced them."""
     books = _partitioned(codebooks)
     out_group, in_group = books.shape[-2:]
-    grad_books = torch.zeros_like(books, dtype=torch.float32)
-    grad_scales = torch.zeros_like(scales, dtype=torch.float32)
+    grad_books = torch.zeros_like(books, dtype=_wide_dtype(books.device))
+    grad_scales = torch.zeros_like(scales, dtype=grad_books.dtype)
     for rows, grad_weight in grad_blocks:
         for groups in _within_partitions(rows, codes, books):
             first = groups.start * out_group - rows.start
             grad = _to_tiles(grad_weight[first : first + (groups.stop - groups.start) * out_group], out_group, in_group)
             partition = groups.start * books.shape[0] // codes.shape[0]
-            unscaled, indices = _decode(codes[groups], books[partition].float())
+            unscaled, indices = _decode(codes[groups], _wide(books[partition]))
             grad_scales[groups] = (grad * unscaled).sum((1, 2, 3), keepdim=True)
-            to_entries = (grad * scales[groups].float()).reshape(-1, out_group * in_group)
+            to_entries = (grad * _wide(scales[groups])).reshape(-1, out_group * in_group)
             for k in range(books.shape[1]):
                 # the backward of an embedding lookup: a scatter-add whose order is fixed on CPU and GPU
                 scattered = torch.ops.aten.embedding_dense_backward(
