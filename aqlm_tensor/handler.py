@@ -7,7 +7,6 @@ and reports each layer.
 
 import logging
 import time
-import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from aqlm_tensor.config import AQLMWeightConfig
+from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.quantizer.layer import quantize_layer
 from aqlm_tensor.quantizer.observers import Observer, observer_of
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.targets import Target, check_layer, why_incompatible
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["LayerReport", "Run", "current_run", "set_quantized"]
+__all__ = ["LayerReport", "Run", "current_run"]
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def _apply(target: Target, run: Run) -> None:
             return
         raise ValueError(f'{target.fqn} saw no data: run your data first, or pass on_unobserved="skip" or "data_free"')
     weight, error = _quantize(module.weight, config, hessian)
+    weight = nn.Parameter(weight, requires_grad=False)  # one object for all layers that share it
     for layer in sharing:
         set_quantized(layer, weight)
     _detach(sharing)
@@ -150,16 +151,3 @@ def _detach(layers: list[nn.Linear]) -> None:
         observer = observer_of(layer)
         if observer is not None:
             observer.detach()
-
-
-def set_quantized(module: nn.Linear, weight: AQLMTensor) -> None:
-    """Make an AQLMTensor the weight of a linear layer, which prints its scheme from then on."""
-    module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-    module.extra_repr = types.MethodType(_linear_extra_repr, module)
-
-
-def _linear_extra_repr(module: nn.Linear) -> str:
-    weight = module.weight
-    detail = f", weight=AQLMTensor({weight.extra_repr()})" if isinstance(weight, AQLMTensor) else ""
-    bias = module.bias is not None
-    return f"in_features={module.in_features}, out_features={module.out_features}, bias={bias}{detail}"

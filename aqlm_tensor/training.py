@@ -1,9 +1,9 @@
 """trainable: codebooks and scales as ordinary parameters, for as long as a block of code needs them.
 
 A tensor subclass in an `nn.Parameter` hides its inner tensors from optimizers, DDP and FSDP2, and a compiled F.linear
-loses their gradients. So inside the block each quantized nn.Linear holds plain parameters `codebooks` and `scales` and a
-buffer `codes`, and its forward calls the op on them. The parameters share memory with the AQLMTensor, which is put back
-as it was, updated in place, at the end.
+loses their gradients. So inside the block each quantized nn.Linear holds plain parameters `codebooks` and `scales` and
+a buffer `codes`, and its forward calls the op on them. The parameters share memory with the AQLMTensor, which is put
+back as it was, updated in place, at the end.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_tensor.kernels import ops
+from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor
 
 __all__ = ["trainable"]
@@ -99,4 +100,4 @@ def _gather(layer: nn.Linear, kind: type[nn.Linear], weight: AQLMTensor) -> None
     del layer.codes, layer.codebooks, layer.scales
     layer.__class__ = kind
     weight.codes, weight.codebooks, weight.scales = codes, codebooks.detach(), scales.detach()
-    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    set_quantized(layer, weight)
