@@ -1,0 +1,158 @@
+"""Decode blocks of the weight to float32: what everything but the lookup kernel is built on.
+
+An entry is 8, 4 or 1 floats at a time, whichever divides the group; the loops over one and two codebooks of groups of 8
+are compiled apart. Decoding 2x8g8 costs about as much as multiplying the weight with 4 to 8 rows of x, so the products
+in numba_product decode a block once and use it for all rows of x.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+from numba.core.ccallback import CFunc
+from torch import Tensor
+
+from aqlm_tensor.kernels.numba_parallel import (
+    ITEMS,
+    NEXT_ITEM,
+    OPTIONS,
+    compile_kernel,
+    run,
+    source_digest,
+    threads_for,
+)
+from aqlm_tensor.kernels.numba_vectors import (
+    add,
+    address_of,
+    fetch_add,
+    float_at,
+    lanes_of,
+    load,
+    load_bits,
+    multiply,
+    splat,
+    store,
+    zeros,
+)
+
+__all__ = ["FIRST_FREE", "GROUP", "Weight", "decode_block", "decode_rows"]
+
+_FLOAT = 4  # bytes
+_ROWS_PER_ITEM = 16
+
+# Fields that describe a weight, after the head that numba_parallel defines; a kernel's own follow from FIRST_FREE on.
+_CODES, _ROW_BYTES, _BOOKS, _SCALES = range(3, 7)
+_CODEBOOKS, _SIZE, _OUT_GROUP, GROUP, _PART_ROWS = range(7, 12)
+FIRST_FREE = 12
+_OUT, _GROUPS, _FIRST_ROW, _LAST_ROW = range(FIRST_FREE, FIRST_FREE + 4)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The tensors of a weight in the form that the compiled code reads, and their sizes.
+
+    Attributes:
+        codes: [O/H, I/G, K] int8 or int16, contiguous but for the stride of its rows.
+        books: [P, K, 2^N, H, G] float32, contiguous.
+        scales: [O/H] float32, contiguous.
+    """
+
+    codes: Tensor
+    books: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, codebooks: Tensor, scales: Tensor) -> "Weight":
+        """A weight from tensors of any strides and float dtype; codebooks may lack the leading P."""
+        groups, num_codebooks = codes.shape[1:]
+        if codes.stride()[1:] != (num_codebooks, 1) or codes.stride(0) < groups * num_codebooks:
+            codes = codes.contiguous()
+        books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
+        return cls(codes, books.float().contiguous(), scales.float().reshape(-1).contiguous())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.codes.shape[0] * self.books.shape[3], self.codes.shape[1] * self.books.shape[4]
+
+    def frame(self, items: int, *fields: int) -> np.ndarray:
+        """A frame whose head says how many items there are and that holds this weight and a kernel's own fields."""
+        partitions, num_codebooks, size, out_group, group = self.books.shape
+        row_bytes = self.codes.stride(0) * self.codes.element_size()
+        addresses = (self.codes.data_ptr(), row_bytes, self.books.data_ptr(), self.scales.data_ptr())
+        sizes = (num_codebooks, size, out_group, group, self.codes.shape[0] // partitions)
+        return np.array((0, 0, items, *addresses, *sizes, *fields), np.int64)
+
+
+def decode_rows(weight: Weight, start: int, stop: int) -> Tensor:
+    """Rows start to stop of the weight: [stop - start, I] float32."""
+    out = torch.empty(stop - start, weight.shape[1], dtype=torch.float32)
+    items = -(-out.shape[0] // _ROWS_PER_ITEM)
+    frame = weight.frame(items, out.data_ptr(), weight.codes.shape[1], start, stop)
+    work = out.numel() * weight.books.shape[1] // 8
+    run(_kernel(weight.codes.element_size() == 2), frame, threads_for(items, work))
+    return out
+
+
+@functools.cache
+def _kernel(wide: bool) -> CFunc:
+    """The compiled decoder of 8-bit or (wide) 16-bit codes."""
+    digest = source_digest()
+
+    def kernel(f) -> None:  # noqa: ANN001
+        _take_items(f, wide, digest)
+
+    return compile_kernel(kernel)
+
+
+@njit(**OPTIONS)
+def _take_items(f, wide, digest) -> None:  # noqa: ANN001, ARG001
+    width = f[_GROUPS] * f[GROUP]
+    item = fetch_add(address_of(f) + 8 * NEXT_ITEM)
+    while item < f[ITEMS]:
+        start = f[_FIRST_ROW] + item * _ROWS_PER_ITEM
+        rows = min(_ROWS_PER_ITEM, f[_LAST_ROW] - start)
+        out = f[_OUT] + item * _ROWS_PER_ITEM * width * _FLOAT
+        decode_block(f, wide, start, rows, 0, f[_GROUPS], out, width * _FLOAT)
+        item = fetch_add(address_of(f) + 8 * NEXT_ITEM)
+
+
+@njit(**OPTIONS)
+def decode_block(f, wide, first_row, rows, first_group, groups, out, out_row_bytes) -> None:  # noqa: ANN001
+    """Write rows x groups of the weight that frame f describes, scaled, to `out` (compiled code)."""
+    group, num_codebooks = f[GROUP], f[_CODEBOOKS]
+    code_bytes = 2 if wide else 1
+    for row in range(first_row, first_row + rows):
+        out_group, part = divmod(row, f[_OUT_GROUP])
+        scale = float_at(f[_SCALES] + _FLOAT * out_group)
+        codes = f[_CODES] + out_group * f[_ROW_BYTES] + first_group * num_codebooks * code_bytes
+        entry_bytes = _FLOAT * f[_OUT_GROUP] * group
+        partition = out_group // f[_PART_ROWS]
+        books = f[_BOOKS] + partition * num_codebooks * f[_SIZE] * entry_bytes + part * group * _FLOAT
+        if group == 8 and num_codebooks == 2:
+            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, 2, 8, scale, groups, out, zeros(8))
+        elif group == 8 and num_codebooks == 1:
+            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, 1, 8, scale, groups, out, zeros(8))
+        elif group % 8 == 0:
+            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(8))
+        elif group % 4 == 0:
+            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(4))
+        else:
+            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(1))
+        out += out_row_bytes
+
+
+@njit(**OPTIONS)
+def _decode_row(codes, wide, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zero) -> None:  # noqa: ANN001
+    for _ in range(groups):
+        for piece in range(0, group, lanes_of(zero)):
+            total = zero
+            for codebook in range(num_codebooks):
+                code = (load_bits(codes + 2 * codebook, 16) if wide else load_bits(codes + codebook, 8)) & (size - 1)
+                entry = books + (codebook * size + code) * entry_bytes
+                total = add(total, load(entry + _FLOAT * piece, zero))
+            store(out, multiply(total, splat(scale, zero)))
+            out += _FLOAT * lanes_of(zero)
+        codes += 2 * num_codebooks if wide else num_codebooks

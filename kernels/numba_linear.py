@@ -1,0 +1,82 @@
+"""The CPU kernel, compiled with Numba: every scheme, every float dtype, the same bits for any number of threads.
+
+Few rows of x go through tables of partial dot products (numba_lookup), which needs codes of at most 8 bits; more rows,
+and wider codes, through blocks of the weight decoded into cache (numba_product). `_lookup_pays` chooses between them
+from the problem's sizes alone.
+
+What it costs: the first call of each kind in a process loads a compiled function from Numba's cache on disk
+(milliseconds; `__pycache__` of this package, or the user's cache directory where that is read-only); the first ever on
+a machine compiles it, one to two seconds each. The lookup kernel keeps a repacked copy of the codes, as large as they
+are, until the codes are freed. float16 and bfloat16 operands are widened first; accumulation is in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.kernels.registry import Problem
+
+__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "supports"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEQUANTIZE_ELEMENTS = 1 << 22  # decoded at a time where the result is not float32: 16 MB
+
+
+def supports(problem: Problem) -> str | None:
+    """None where this kernel can run the problem, otherwise the reason why not."""
+    if problem.device.type != "cpu":
+        return f"runs on cpu, not on {problem.device.type}"
+    if problem.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return None
+
+
+def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, I] times the transposed weight plus bias [O]: [M, O] in x's dtype, accumulated in float32."""
+    from aqlm_tensor.kernels.numba_decode import Weight
+    from aqlm_tensor.kernels.numba_lookup import lookup_linear
+    from aqlm_tensor.kernels.numba_product import product
+
+    bias = None if bias is None else bias.float().contiguous()
+    if x.shape[0] == 0 or codes.numel() == 0:
+        y = x.new_zeros(x.shape[0], codes.shape[0] * codebooks.shape[-2], dtype=torch.float32)
+        return (y if bias is None else y + bias).to(x.dtype)
+    if _lookup_pays(x.shape[0], codes, codebooks):
+        books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
+        return lookup_linear(x, codes, books, scales, bias).to(x.dtype)
+    return product(x, Weight.of(codes, codebooks, scales), bias).to(x.dtype)
+
+
+def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """Grad [M, O] times the weight: [M, I] in grad's dtype, accumulated in float32."""
+    from aqlm_tensor.kernels.numba_decode import Weight
+    from aqlm_tensor.kernels.numba_product import product_input_grad
+
+    if grad.shape[0] == 0 or codes.numel() == 0:
+        return grad.new_zeros(grad.shape[0], codes.shape[1] * codebooks.shape[-1])
+    return product_input_grad(grad, Weight.of(codes, codebooks, scales)).to(grad.dtype).contiguous()
+
+
+def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """The dense weight [O, I] in the codebooks' dtype, each element rounded once from float32."""
+    from aqlm_tensor.kernels.numba_decode import Weight, decode_rows
+
+    weight = Weight.of(codes, codebooks, scales)
+    out_features, in_features = weight.shape
+    if codebooks.dtype == torch.float32:
+        return decode_rows(weight, 0, out_features)
+    out = codebooks.new_empty(out_features, in_features)
+    step = max(1, _DEQUANTIZE_ELEMENTS // max(1, in_features))
+    for start in range(0, out_features, step):
+        out[start : start + step] = decode_rows(weight, start, min(start + step, out_features))
+    return out
+
+
+def invalidate(codes: Tensor) -> None:
+    """Forget the repacked copies of the storage that these codes lie in."""
+    from aqlm_tensor.kernels.numba_codes import invalidate
+
+    invalidate(codes)
+
+
+def _lookup_pays(rows: int, codes: Tensor, codebooks: Tensor) -> bool:
+    return codebooks.shape[-3] <= 256 and codes.element_size() == 1 and rows <= 16
