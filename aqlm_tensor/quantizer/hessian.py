@@ -55,6 +55,27 @@ class HessianAccumulator:
         self._sum += product.to(self._sum.device)
         self.tokens += rows.shape[0]
 
+    def merge(self, other: "HessianAccumulator") -> None:
+        """Add what another accumulator of the same layer inputs has seen."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    def clone(self) -> "HessianAccumulator":
+        """An independent accumulator that has seen the same."""
+        copy = HessianAccumulator(self.in_features, self.device)
+        copy.merge(self)
+        return copy
+
+    @property
+    def in_features(self) -> int:
+        """Rows and columns of the sum."""
+        return self._sum.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum lives."""
+        return self._sum.device
+
     def value(self) -> Tensor:
         """X^T X over all inputs so far: a new [in_features, in_features] float32 tensor."""
         return self._sum.clone()
