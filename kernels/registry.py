@@ -100,7 +100,16 @@ class Kernel:
         return getattr(importlib.import_module(self.module), op)
 
 
-KERNELS: tuple[Kernel, ...] = (Kernel("torch", "aqlm_tensor.kernels.reference", fast=False),)
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        "numba",
+        "aqlm_tensor.kernels.numba_linear",
+        device_types=("cpu",),
+        requires=("numba",),
+        remedy="pip install 'aqlm-tensor[cpu]'",
+    ),
+    Kernel("torch", "aqlm_tensor.kernels.reference", fast=False),
+)
 
 _forced: ContextVar[str | None] = ContextVar("aqlm_tensor_forced_kernel", default=None)
 _recorder: ContextVar[list[tuple[Op, str]] | None] = ContextVar("aqlm_tensor_kernel_recorder", default=None)
@@ -173,20 +182,28 @@ def _choose(problem: Problem, forced: str | None) -> Kernel:
         if reason is not None:
             raise ValueError(f"kernel {forced!r} was forced but cannot run {problem.op} of {problem.scheme}: {reason}")
         return kernel
+    reasons = []
     for kernel, reason in explain(problem):
         if reason is None:
             if not kernel.fast:
-                _warn_slow(str(problem.scheme), problem.device.type)
+                _warn_slow(problem, reasons)
             return kernel
-    raise ValueError(f"no kernel can run {problem}: {explain(problem)}")
+        reasons.append(f"{kernel.name} {reason}")
+    raise ValueError(f"no kernel can run {problem}: {'; '.join(reasons)}")
 
 
-@functools.lru_cache(maxsize=256)
-def _warn_slow(scheme: str, device_type: str) -> None:
-    reasons = "; ".join(f"{kernel.name}: {kernel.remedy or 'not for this case'}" for kernel in KERNELS if kernel.fast)
+_warned: set[tuple[AQLMScheme, str]] = set()
+
+
+def _warn_slow(problem: Problem, reasons: list[str]) -> None:
+    """Say once for each scheme and type of device that the slow kernel runs, and why."""
+    key = (problem.scheme, problem.device.type)
+    if key in _warned:
+        return
+    _warned.add(key)
     warnings.warn(
-        f"no fast AQLM kernel for scheme {scheme} on {device_type} here ({reasons}); using the torch reference, which "
-        "is slow. `aqlm-tensor kernels --explain` shows why.",
+        f"no fast AQLM kernel for scheme {problem.scheme} on {problem.device.type} here ({'; '.join(reasons)}); using "
+        "the torch reference, which is slow. `aqlm-tensor kernels --explain` shows why.",
         stacklevel=2,
     )
 
