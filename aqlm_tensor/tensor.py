@@ -23,7 +23,7 @@ from aqlm_tensor.scheme import AQLMScheme
 if TYPE_CHECKING:
     from aqlm_tensor.quantizer.solver import SolverConfig
 
-__all__ = ["AQLMTensor"]
+__all__ = ["FLOATS", "AQLMTensor"]
 
 Orientation = Literal["matrix", "transposed", "row"]
 
@@ -163,6 +163,8 @@ class AQLMTensor(TorchAOBaseTensor):
         """The dense weight of the same shape, dtype and device, each element rounded once."""
         if self.codes.dim() == 3:
             dense = ops.dequantize(*self.parts())
+        elif self.codes.shape[0] == 0:
+            dense = self.codebooks.new_empty(0, *ops.weight_shape(self.codes, self.codebooks))
         else:
             dense = torch.stack([ops.dequantize(*expert) for expert in self.experts()])
         if self.orientation == "transposed":
@@ -239,7 +241,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check_parts(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
@@ -247,7 +249,7 @@ def _check_parts(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
     for name, part in (("codes", codes), ("codebooks", codebooks), ("scales", scales)):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(part).__name__}")
-    if codebooks.dtype not in _FLOATS:
+    if codebooks.dtype not in FLOATS:
         raise TypeError(f"codebooks must be float32, float16 or bfloat16, got {codebooks.dtype}")
     if scales.dtype != codebooks.dtype:
         raise TypeError(f"scales are {scales.dtype} but codebooks are {codebooks.dtype}: cast one to the other's dtype")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from aqlm_tensor.kernels import ops
@@ -31,6 +32,11 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     if w.dim() != 2:
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
     _check_operand(x, w, x.shape[-1] if x.dim() else None, w.shape[1])
+    _check_bias(bias, w)
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is not None:  # forward-mode AD: the ops define only the backward, and would drop the tangent silently
+        y = forward_ad.make_dual(_linear(primal, w), _linear(tangent, w))
+        return y if bias is None else y + bias
     x, codebooks, scales, bias = _autocast(x, w.codebooks, w.scales, bias)
     if w.orientation == "matrix":
         return ops.linear(x, w.codes, codebooks, scales, bias)
@@ -45,16 +51,31 @@ def _check_operand(x: Tensor, w: AQLMTensor, inner: int | None, expected: int) -
         raise ValueError(f"cannot multiply: x has shape {tuple(x.shape)}, the AQLM weight {tuple(w.shape)}")
     if x.device != w.device:
         raise ValueError(f"x is on {x.device} but the AQLM weight is on {w.device}: move one of them with `.to(...)`")
-    if x.dtype != w.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != w.dtype and not _autocast_enabled(x.device.type):
         # not a TypeError: Python's `@` would swallow it
         raise ValueError(f"x is {x.dtype} but the AQLM weight is {w.dtype}: cast one of them with `.to(...)`")
+
+
+def _check_bias(bias: Tensor | None, w: AQLMTensor) -> None:
+    if bias is None:
+        return
+    if bias.shape != w.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(w.shape[:1])}, got {tuple(bias.shape)}")
+    if bias.device != w.device:
+        raise ValueError(f"bias is on {bias.device} but the AQLM weight is on {w.device}: move one with `.to(...)`")
+    if bias.dtype != w.dtype and not _autocast_enabled(w.device.type):
+        raise ValueError(f"bias is {bias.dtype} but the AQLM weight is {w.dtype}: cast one of them with `.to(...)`")
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(
     x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The floating operands in autocast's dtype if autocast is on, as it would do for a dense linear."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocast_enabled(x.device.type):
         return x, codebooks, scales, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
@@ -82,6 +103,8 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         )
     w, dense = (b, a) if isinstance(b, AQLMTensor) else (a, b)
     assert isinstance(w, AQLMTensor)
+    if a.shape[0] == 0:
+        return dense.new_empty(0, a.shape[1], b.shape[2])
     pairs = zip(dense.unbind(0), w.experts(), strict=True)
     experts = ((x, AQLMTensor(*parts, w.orientation)) for x, parts in pairs)
     if w is b:
@@ -94,6 +117,21 @@ def transposed(w: AQLMTensor) -> AQLMTensor:
     if w.orientation == "row":
         return w
     return AQLMTensor(*w.parts(), "matrix" if w.orientation == "transposed" else "transposed")
+
+
+def _operands(func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """The two factors of a product, by position or by name.
+
+    Raises:
+        ValueError: for options such as `out`, which must not be ignored.
+    """
+    factors = dict(enumerate(args)) | {
+        {"input": 0, "other": 1, "mat2": 1, "vec": 1}.get(name, name): value for name, value in kwargs.items()
+    }
+    options = {name for name, value in factors.items() if name not in (0, 1) and value is not None}
+    if options or not {0, 1} <= factors.keys():
+        raise ValueError(f"{func.__name__} with an AQLMTensor takes two tensors and no options, got {kwargs.keys()}")
+    return factors[0], factors[1]
 
 
 @implements_torch_function(F.linear)
@@ -111,7 +149,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     [torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.mv, torch.Tensor.mv]
 )
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    return _matmul(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())))
+    return _matmul(*_operands(func, args, kwargs))
 
 
 @implements_torch_function(torch.Tensor.__rmatmul__)
@@ -121,7 +159,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
 
 @implements_torch_function([torch.bmm, torch.Tensor.bmm])
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    return _bmm(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())))
+    return _bmm(*_operands(func, args, kwargs))
 
 
 @implements(aten.linear.default)
@@ -144,7 +182,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     base, a, b = args
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-    if beta == 1 and alpha == 1 and base.dim() == 1 and isinstance(b, AQLMTensor) and b.dim() == 2:
+    if beta == 1 and alpha == 1 and isinstance(b, AQLMTensor) and b.dim() == 2 and base.shape == b.shape[1:]:
         return _linear(a, transposed(b), base)
     product = _matmul(a, b)
     if alpha != 1:

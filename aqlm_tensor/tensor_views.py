@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.tensor import FLOATS, AQLMTensor
 from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
 
 __all__: list[str] = []
 
 aten = torch.ops.aten
 implements = AQLMTensor.implements
+implements_torch_function = AQLMTensor.implements_torch_function
 
 
 def _axis(w: AQLMTensor, dim: int) -> str:
@@ -127,11 +128,19 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]
     dim = dim or 0
     total = w.shape[dim]
     if isinstance(sizes, int):
+        if sizes < 0 or (sizes == 0 and total):
+            raise ValueError(f"split_size must be positive, got {sizes}")
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)] or [0]
     elif sum(sizes) != total:
         raise ValueError(f"split sizes {list(sizes)} do not add up to {total}, the size of dimension {dim}")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [aten.slice.Tensor(w, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@implements(aten.unbind.int)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]:
+    w, dim = bind(("self", "dim"), args, kwargs)
+    return [aten.select.int(w, dim or 0, index) for index in range(w.shape[dim or 0])]
 
 
 @implements([aten.t.default, aten.transpose.int, aten.permute.default])
@@ -180,6 +189,12 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
+@implements(aten.stack.default)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+    tensors, dim = bind(("tensors", "dim"), args, kwargs)
+    return aten.cat.default([aten.unsqueeze.default(w, dim or 0) for w in tensors], dim or 0)
+
+
 @implements(aten.cat.default)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
     tensors, dim = bind(("tensors", "dim"), args, kwargs)
@@ -219,7 +234,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
     kwargs = {name: value for name, value in kwargs.items() if name not in ("layout", "memory_format", "copy")}
     target = w._get_to_kwargs(*args[1:], **kwargs)
     device, dtype, non_blocking = target["device"], target["dtype"], target["non_blocking"]
-    if not dtype.is_floating_point:
+    if dtype not in FLOATS:
         raise TypeError(f"an AQLMTensor can be cast to float32, float16 or bfloat16, not {dtype}: {REMEDY}")
     return AQLMTensor(
         w.codes.to(device, non_blocking=non_blocking, copy=True),
@@ -227,6 +242,22 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
         w.scales.to(device, dtype, non_blocking=non_blocking, copy=True),
         w.orientation,
     )
+
+
+def _refuse_shared(w: AQLMTensor, source: AQLMTensor) -> None:
+    """Raise if a copy into the view `w` would change codebooks or scales that weights outside of it use too."""
+    base = w._base
+    if not isinstance(base, AQLMTensor):
+        return
+    for name in ("codebooks", "scales"):
+        part, whole, new = getattr(w, name), getattr(base, name), getattr(source, name)
+        aliases = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        exclusive = w.codes.numel() * whole.numel() == base.codes.numel() * part.numel()
+        if not (aliases and exclusive) and not _same(part, new):
+            raise ValueError(
+                f"cannot copy into a part of an AQLMTensor whose {name} the rest shares, since the source has others: "
+                "build the whole weight with `torch.cat` and copy that"
+            )
 
 
 @implements(aten.copy_.default)
@@ -240,6 +271,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
     shapes = [[tuple(part.shape) for part in tensor.parts()] for tensor in (w, source)]
     if shapes[0] != shapes[1] or w.orientation != source.orientation:
         raise ValueError(f"copy_ needs AQLMTensors of the same scheme and shape, got {source!r} into {w!r}")
+    _refuse_shared(w, source)
     for target, part in zip(w.parts(), source.parts(), strict=True):
         target.copy_(part, non_blocking=bool(non_blocking))
     return w
@@ -249,7 +281,7 @@ def _new(w: AQLMTensor, shape: Sequence[int], kwargs: dict, make: Callable[..., 
     """A tensor of `shape` from `make`: an AQLMTensor where w's scheme can have that shape, else a dense one."""
     options = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "pin_memory") and value}
     dtype, scheme = options.pop("dtype", w.dtype), w.scheme
-    if w.orientation != "matrix" or len(shape) != w.dim() or scheme.why_not(*shape[-2:]) or not dtype.is_floating_point:
+    if w.orientation != "matrix" or len(shape) != w.dim() or scheme.why_not(*shape[-2:]) or dtype not in FLOATS:
         return make(w.scales, shape, dtype=dtype, **options)
     lead = tuple(shape[:-2])
     codes = make(w.codes, (*lead, *scheme.codes_shape(*shape[-2:])), **options)
@@ -286,3 +318,18 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
 @implements(aten.is_pinned.default)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> bool:
     return all(part.is_pinned() for part in args[0].parts())
+
+
+@implements_torch_function(torch.Tensor.requires_grad.__set__)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> None:
+    args[0].requires_grad_(args[1])
+
+
+@implements_torch_function(torch.Tensor.data.__set__)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> None:
+    w, new = args
+    if not isinstance(new, AQLMTensor):
+        raise TypeError("the data of an AQLMTensor can only be replaced by another one: quantize with `from_hp` first")
+    with torch._C.DisableTorchFunctionSubclass():
+        func(w, new)
+    w.codes, w.codebooks, w.scales, w.orientation = *new.parts(), new.orientation

@@ -50,17 +50,44 @@ def _problem(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Problem:
     )
 
 
+def _check(
+    dense: Tensor, features: int, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> None:
+    """Raise unless the operands fit: kernels compute addresses from their shapes and read values by x's dtype.
+
+    Raises:
+        ValueError: naming the first operand that does not fit.
+    """
+    if dense.dim() == 0 or dense.shape[-1] != features:
+        raise ValueError(f"the dense operand must have {features} features, got shape {tuple(dense.shape)}")
+    if scales.numel() != codes.shape[0] or codes.shape[-1] != codebooks.shape[-4]:
+        raise ValueError(
+            f"codes {tuple(codes.shape)}, codebooks {tuple(codebooks.shape)} and scales {tuple(scales.shape)} do not "
+            "belong together"
+        )
+    if bias is not None and bias.numel() != codes.shape[0] * codebooks.shape[-2]:
+        raise ValueError(f"bias must have {codes.shape[0] * codebooks.shape[-2]} elements, got {tuple(bias.shape)}")
+    for name, operand in (("codebooks", codebooks), ("scales", scales), ("bias", bias)):
+        if operand is not None and (operand.dtype != dense.dtype or operand.device != dense.device):
+            raise ValueError(
+                f"{name} are {operand.dtype} on {operand.device} but the dense operand is {dense.dtype} on "
+                f"{dense.device}: move or cast one of them with `.to(...)`"
+            )
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight_shape(codes, codebooks)[1], codes, codebooks, scales, bias)
     flat = _flat(x)
     kernel = implementation(_problem("linear", flat.shape[0], codes, codebooks))
     return kernel(flat, codes, codebooks, scales, bias).view(*x.shape[:-1], weight_shape(codes, codebooks)[0])
 
 
 def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    _check(grad, weight_shape(codes, codebooks)[0], codes, codebooks, scales)
     flat = _flat(grad)
     kernel = implementation(_problem("linear_input_grad", flat.shape[0], codes, codebooks))
     return kernel(flat, codes, codebooks, scales).view(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
