@@ -1,0 +1,165 @@
+"""The command `aqlm-tensor`: quantize, evaluate and run language models, look into checkpoints, explain kernels.
+
+Only options live here; the commands are in the cli_* modules, which load torch. So `--help` is quick.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aqlm_tensor.cli_output import failures, settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="AQLM quantization of language models to 1 to 4 bits a weight. Works offline, on local folders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder with a dense, GGUF or AQLM model, or a .gguf file.")
+]
+GGUFFile = Annotated[str | None, typer.Option(help="Which GGUF file of the folder, if it has several.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    settings.debug = debug
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist yet.")],
+    scheme: Annotated[
+        str, typer.Option(help="KxNgG: K codebooks of N bits for groups of G weights; 2x8g8 is 2 bits a weight.")
+    ] = "2x8g8",
+    gguf_file: GGUFFile = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text to calibrate on. Without it the result is poor, most of all on small models."),
+    ] = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="Windows of the text to use, at most.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the random initialisation.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of the model while it is quantized and of what is stored: auto, float32, ...")
+    ] = "auto",
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize the linear layers of a model's blocks and save a folder that Transformers can load."""
+    with failures():
+        from aqlm_tensor import cli_quantize
+
+        cli_quantize.run(
+            model,
+            out,
+            scheme,
+            gguf_file=gguf_file,
+            data=data,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            force=force,
+            as_json=as_json,
+        )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="A UTF-8 text to predict.")],
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    gguf_file: GGUFFile = None,
+    dtype: Annotated[str, typer.Option(help="Of a dense model: auto (as stored; float32 for GGUF), float32, ...")] = (
+        "auto"
+    ),
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text.
+
+    The text is tokenized once and cut into windows of SEQLEN tokens that do not overlap; each is predicted on its own,
+    from its second token on. What is left at the end and fills no window is dropped, as in GPTQ and AQLM (a text
+    shorter than one window is one window). The value is exp(mean negative log likelihood) over all predicted tokens.
+    """
+    with failures():
+        from aqlm_tensor import cli_run
+
+        cli_run.evaluate(model, data, seqlen, gguf_file=gguf_file, dtype=dtype, device=device, as_json=as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    gguf_file: GGUFFile = None,
+    dtype: Annotated[str, typer.Option(help="Of a dense model: auto (as stored; float32 for GGUF), float32, ...")] = (
+        "auto"
+    ),
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, greedily, through the tokenizer's chat template if it has one."""
+    with failures():
+        from aqlm_tensor import cli_run
+
+        cli_run.generate(
+            model, prompt, max_new_tokens, gguf_file=gguf_file, dtype=dtype, device=device, as_json=as_json
+        )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder with an AQLM or a dense model.")],
+    as_json: Json = False,
+) -> None:
+    """List the weights of a checkpoint: scheme, bits a weight, size. Reads file headers only."""
+    with failures():
+        from aqlm_tensor import cli_tables
+
+        cli_tables.inspect(path, as_json=as_json)
+
+
+@app.command()
+def kernels(
+    scheme: Annotated[str, typer.Option(help="The scheme to ask about.")] = "2x8g8",
+    rows: Annotated[str, typer.Option(help="Numbers of tokens multiplied at once, separated by commas.")] = "1,8,512",
+    in_features: Annotated[int, typer.Option(min=1, help="Columns of the weight.")] = 4096,
+    out_features: Annotated[int, typer.Option(min=1, help="Rows of the weight.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each other kernel does not run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell which kernel multiplies with a scheme on this machine."""
+    with failures():
+        from aqlm_tensor import cli_tables
+
+        cli_tables.kernels(
+            scheme,
+            rows,
+            in_features=in_features,
+            out_features=out_features,
+            dtype=dtype,
+            device=device,
+            explain=explain,
+            as_json=as_json,
+        )
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

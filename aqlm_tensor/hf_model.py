@@ -1,0 +1,182 @@
+"""Transformers models on disk, for the command line: dense folders, GGUF files and AQLM folders, all offline.
+
+Transformers' own loader is used for dense weights; an AQLM folder is built without weights from its config and filled
+by `aqlm_tensor.load`. Code that a checkpoint brings along is never run.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["ModelSource", "find_model", "load_model", "quiet", "save_model", "tokenize"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found on disk.
+
+    Attributes:
+        folder: where.
+        kind: "dense" (Transformers), "gguf" or "aqlm".
+        gguf_file: name of the file in the folder, for "gguf".
+    """
+
+    folder: Path
+    kind: Literal["dense", "gguf", "aqlm"]
+    gguf_file: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder / self.gguf_file) if self.gguf_file else str(self.folder)
+
+
+def find_model(path: str | Path, gguf_file: str | None = None) -> ModelSource:
+    """Tell what kind of model lies at a path, without loading it.
+
+    Args:
+        path: a folder with config.json and weights, a folder with a GGUF file, or a GGUF file.
+        gguf_file: which GGUF file of the folder.
+
+    Raises:
+        ValueError: if there is no model, several GGUF files, or a quantization that cannot be read.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        path, gguf_file = path.parent, path.name
+    if not path.is_dir():
+        raise ValueError(f"model {str(path)!r} is not a folder: pass a local folder with config.json or a .gguf file")
+    if gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise ValueError(f"{path} has no file {gguf_file!r}; its GGUF files: {_gguf_files(path) or 'none'}")
+        return ModelSource(path, "gguf", gguf_file)
+    if (path / "config.json").is_file():
+        return ModelSource(path, _kind(path / "config.json"))
+    files = _gguf_files(path)
+    if len(files) != 1:
+        raise ValueError(
+            f"{path} has several GGUF files ({', '.join(files)}): choose one with --gguf-file"
+            if files
+            else f"{path} holds no model: it has neither config.json nor a .gguf file"
+        )
+    return ModelSource(path, "gguf", files[0])
+
+
+def _gguf_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.gguf"))
+
+
+def _kind(config: Path) -> Literal["dense", "aqlm"]:
+    try:
+        section = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{config} is not a JSON object: {error}") from None
+    if section is None:
+        return "dense"
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    if method != "aqlm":
+        raise ValueError(f"{config.parent} is quantized with {method!r}: only dense, GGUF and AQLM models can be read")
+    return "aqlm"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Import torchao and run Transformers without their notes and bars; warnings of the program itself remain."""
+    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+def load_model(source: ModelSource, *, dtype: Any = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: from `find_model`.
+        dtype: a torch dtype, or "auto": as stored, and float32 for GGUF. Dense and GGUF models only: an AQLM model
+            keeps the dtypes it is stored in.
+        device: where to.
+
+    Returns:
+        (model in evaluation mode, tokenizer).
+
+    Raises:
+        ValueError: if files are missing or damaged, or a dtype is asked for that cannot be had.
+        OSError: if a file cannot be read.
+    """
+    with quiet():
+        from transformers import AutoTokenizer
+
+        options: dict[str, Any] = {"local_files_only": True}
+        if source.gguf_file is not None:
+            options["gguf_file"] = source.gguf_file
+        model = _load_aqlm(source.folder, dtype) if source.kind == "aqlm" else _load_dense(source, dtype, options)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
+        return model.to(device).eval(), tokenizer
+
+
+def _load_dense(source: ModelSource, dtype: Any, options: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype == "auto" and source.kind == "gguf":
+        dtype = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
+    if hasattr(model.config, "quantization_config"):  # GGUF was dequantized: the model is dense from here on
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    return model
+
+
+def _load_aqlm(folder: Path, dtype: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from aqlm_tensor import load
+
+    if dtype != "auto":
+        raise ValueError(f"an AQLM model keeps its stored dtype, got dtype {dtype}: leave it out")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds (rotary angles) get computed
+        model = AutoModelForCausalLM.from_config(config)
+    load(model, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False) -> None:
+    """Write a quantized model with its tokenizer and generation config, all of it or nothing.
+
+    Raises:
+        FileExistsError: if the folder exists and may not be replaced.
+        OSError: if the disk is full or cannot be written.
+    """
+    from aqlm_tensor import save
+    from aqlm_tensor.checkpoint_io import new_folder
+
+    with new_folder(folder, force=force, needed_bytes=0) as temporary:  # `save` knows its size and checks it
+        save(model, temporary, force=True)
+        tokenizer.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+
+
+def tokenize(tokenizer: Any, text: str) -> Any:
+    """The tokens of a text, [n] int64, with the special tokens that the tokenizer adds by default (often a first one)."""
+    import torch
+
+    with quiet():  # Transformers would warn that the text is longer than the model's context: it is cut later
+        return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
