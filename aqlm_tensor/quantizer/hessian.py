@@ -128,14 +128,17 @@ def descent_coupling(metric: Tensor, group: int) -> Coupling:
 def feedback_coupling(metric: Tensor, group: int, damping: float) -> Coupling:
     """Error feedback: what one group should be if all later ones will make up for it as well as they can.
 
-    With metric + damping = R R^T, R upper triangular, a row's cost is the sum over groups j of e~_j D_j e~_j^T, where
+    `damping` is added to the diagonal, half of it as such (a fraction of the mean diagonal, which is 1), half as a
+    fraction of each diagonal entry. At about 2 bits the later groups make up for much less than exact arithmetic would,
+    so it is large: on the layers of SmolLM2-135M the final error falls by a quarter from 0.01 to 1.
+    With the damped metric R R^T, R upper triangular, a row's cost is the sum over groups j of e~_j D_j e~_j^T, where
     e~_j = e_j + sum over i < j of e_i R_ij R_jj^-1 and D_j = R_jj R_jj^T.
 
     Raises:
         ValueError: if the damped metric is not positive definite.
     """
     damped = metric.double()
-    damped.diagonal().add_(damping)
+    damped.diagonal().mul_(1 + damping / 2).add_(damping / 2)
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info) != 0:
         raise ValueError(

@@ -6,13 +6,14 @@ Distances use each group's own metric, so that directions the inputs never take 
 import torch
 from torch import Tensor
 
+from aqlm_tensor.quantizer.parallel import map_rows
 from aqlm_tensor.quantizer.refine import scatter_add
 
 __all__ = ["initial_codebooks"]
 
 _MIN_POINTS = 1 << 14
 _POINTS_PER_ENTRY = 16
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 22
 
 
 def initial_codebooks(
@@ -88,13 +89,14 @@ def _assign(points: Tensor, own: Tensor, column: Tensor, metric: Tensor, centres
     norms = (weighted * points.flatten(1)).sum(1)
     squares = torch.einsum("shg,jgf,shf->js", centres, metric, centres)
     flat = centres.flatten(1).T.contiguous()
-    step = max(1, _CHUNK_ELEMENTS // flat.shape[1])
-    values, indices = [], []
-    for start in range(0, len(points), step):
-        part = slice(start, start + step)
-        value, index = torch.addmm(squares[column[part]], weighted[part], flat, alpha=-2.0).min(1)
-        values.append(value)
-        indices.append(index)
+    longest = max(1, _CHUNK_ELEMENTS // flat.shape[1])
+
+    def nearest(rows: slice) -> tuple[Tensor, Tensor]:
+        parts = [slice(i, min(i + longest, rows.stop)) for i in range(rows.start, rows.stop, longest)]
+        found = [torch.addmm(squares[column[p]], weighted[p], flat, alpha=-2.0).min(1) for p in parts]
+        return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+    values, indices = zip(*map_rows(nearest, len(points), points.device), strict=True)
     return torch.cat(indices), torch.cat(values).add_(norms).clamp_(min=0)
 
 

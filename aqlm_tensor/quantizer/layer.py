@@ -17,12 +17,16 @@ from torch import Tensor
 from aqlm_tensor.codes import indices_to_codes
 from aqlm_tensor.quantizer.hessian import check_hessian, descent_coupling, feedback_coupling, regularize
 from aqlm_tensor.quantizer.init import initial_codebooks
+from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.refine import refine_codebooks, refine_scales, row_errors
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 from aqlm_tensor.quantizer.solver import SolverConfig
 from aqlm_tensor.scheme import AQLMScheme
 
 __all__ = ["QuantizedLayer", "quantize_layer"]
+
+
+_FEEDBACK_ROUNDS = 2  # rounds that choose all codes afresh for the better codebooks, before local search takes over
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,19 @@ def quantize_layer(
         TypeError: if an argument has the wrong type.
     """
     _check(weight, scheme, hessian, solver, dtype)
+    with one_thread_per_operation():
+        return _solve(weight, scheme, hessian, solver, seed, dtype, on_progress)
+
+
+def _solve(
+    weight: Tensor,
+    scheme: AQLMScheme,
+    hessian: Tensor | None,
+    solver: SolverConfig,
+    seed: int,
+    dtype: torch.dtype | None,
+    on_progress: Callable[[int, float], None] | None,
+) -> QuantizedLayer:
     problem = _Problem(weight, scheme, hessian, solver)
     generator = torch.Generator().manual_seed(seed)
     state = problem.initialize(generator)
@@ -96,12 +113,12 @@ def quantize_layer(
     report(0, errors[0])
     best = initial = state
     for number in range(1, solver.max_rounds + 1):
-        state = problem.improve(state)
+        state = problem.improve(state, afresh=number <= _FEEDBACK_ROUNDS)
         errors.append(problem.relative(state))
         report(number, errors[-1])
         if errors[-1] < problem.relative(best):
             best = state
-        if errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
+        if number > _FEEDBACK_ROUNDS and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
             break
     if dtype is not None and dtype != torch.float32:
         candidates = [problem.rounded(state, dtype) for state in (best, initial)]
@@ -168,8 +185,8 @@ class _Problem:
         )
         return self._state(codebooks, scales, self._sweep(scales, None, codebooks, self.feedback))
 
-    def improve(self, state: _State) -> _State:
-        """One round: codebooks, scales, codes."""
+    def improve(self, state: _State, *, afresh: bool) -> _State:
+        """One round: codebooks, scales, and codes, either `afresh` by error feedback or starting from the present."""
         codebooks = refine_codebooks(
             self._target(state.scales),
             state.scales.square(),
@@ -179,7 +196,8 @@ class _Problem:
             self.solver.conjugate_gradient_steps,
         )
         scales = refine_scales(self.weight, gather(codebooks, state.indices), state.scales, self.metric)
-        return self._state(codebooks, scales, self._sweep(scales, state.indices, codebooks, self.descent))
+        start, coupling = (None, self.feedback) if afresh else (state.indices, self.descent)
+        return self._state(codebooks, scales, self._sweep(scales, start, codebooks, coupling))
 
     def rounded(self, state: _State, dtype: torch.dtype) -> _State:
         """The state with codebooks and scales as `dtype` stores them, its codes searched again."""

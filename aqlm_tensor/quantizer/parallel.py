@@ -1,18 +1,29 @@
-"""Where the solver's inner loops run: numba over row chunks when it is importable and the tensor is on the CPU.
+"""How the solver uses CPU threads, so that their number never changes a result.
 
-Rows are split over as many threads as torch uses; a row's result does not depend on the split.
+The matrix library may sum in another order for another number of threads. So every torch operation of the solver runs
+on one thread, and rows, which do not interact, are cut into chunks that depend on their number only; the chunks are
+spread over as many threads as torch was set to use. On other devices there is one chunk.
 """
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
-__all__ = ["numba_search", "row_map"]
+__all__ = ["map_rows", "numba_search", "one_thread_per_operation"]
+
+_T = TypeVar("_T")
+_MAX_CHUNKS = 16
+_MIN_CHUNK_ROWS = 64
+_THREADS: ContextVar[int] = ContextVar("aqlm_solver_threads", default=1)
 
 
 @cache
@@ -27,18 +38,47 @@ def numba_search(device: torch.device) -> ModuleType | None:
     return importlib.import_module("aqlm_tensor.kernels.numba_search")
 
 
+@contextmanager
+def one_thread_per_operation() -> Iterator[None]:
+    """Run torch operations of this thread on one core and give `map_rows` the others; undone on leaving."""
+    threads = torch.get_num_threads()
+    token = _THREADS.set(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _THREADS.reset(token)
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="aqlm-search")
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix="aqlm-solver", initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
-def row_map(work: Callable[[slice], None], rows: int, *, granule: int = 4) -> None:
-    """Call `work` on slices that cover range(rows), one per torch thread, cut at multiples of `granule`."""
-    threads = torch.get_num_threads()
-    blocks = -(-rows // granule)
-    threads = min(threads, max(1, blocks // 4))
-    if threads == 1:
-        work(slice(0, rows))
-        return
-    cuts = [min(rows, blocks * t // threads * granule) for t in range(threads)] + [rows]
-    list(_pool(threads).map(work, [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child inherits the pool but not its threads
+
+
+def map_rows(
+    work: Callable[[slice], _T], rows: int, device: torch.device, *, smallest: int = _MIN_CHUNK_ROWS
+) -> list[_T]:
+    """Results of `work` on consecutive slices of range(rows), in order; in parallel on the CPU.
+
+    Slices have at least `smallest` rows but for the last; how many there are depends on `rows` alone.
+    """
+    if device.type != "cpu":
+        return [work(slice(0, rows))]
+    size = max(smallest, -(-rows // (4 * _MAX_CHUNKS)) * 4)
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    threads = min(_THREADS.get(), len(parts))
+    if threads <= 1:
+        return [work(part) for part in parts]
+
+    def without_grad(part: slice) -> _T:
+        with torch.no_grad():  # the mode is per thread
+            return work(part)
+
+    return list(_pool(_THREADS.get()).map(without_grad, parts))

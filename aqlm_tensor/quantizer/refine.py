@@ -4,10 +4,12 @@ Codebooks by preconditioned conjugate gradients on the least-squares problem (AQ
 Adam on the same objective); scales in closed form.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.parallel import numba_search
+from aqlm_tensor.quantizer.parallel import map_rows, numba_search
 from aqlm_tensor.quantizer.search import gather
 
 __all__ = ["refine_codebooks", "refine_scales", "row_errors", "scatter_add"]
@@ -28,7 +30,8 @@ def scatter_add(values: Tensor, indices: Tensor, size: int) -> Tensor:
 
 def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
     """e H e^T of every row group: `error` [R, H, I] -> [R]."""
-    return ((error @ hessian) * error).flatten(1).sum(1)
+    parts = map_rows(lambda r: ((error[r] @ hessian) * error[r]).flatten(1).sum(1), len(error), error.device)
+    return torch.cat(parts)
 
 
 def refine_codebooks(
@@ -46,7 +49,20 @@ def refine_codebooks(
     """
     weights = row_weights[:, None, None]
     result = codebooks.clone()
-    residual = _scatter(((target - gather(result, indices)) * weights) @ metric, indices, codebooks.shape)
+    shape = codebooks.shape
+
+    def normal_part(rows: slice) -> Tensor:
+        step = (gather(direction, indices[rows]) * weights[rows]) @ metric
+        return _scatter(step, indices[rows], shape)
+
+    def residual_part(rows: slice) -> Tensor:
+        step = ((target[rows] - gather(result, indices[rows])) * weights[rows]) @ metric
+        return _scatter(step, indices[rows], shape)
+
+    def over_rows(work: Callable[[slice], Tensor]) -> Tensor:
+        return torch.stack(map_rows(work, len(indices), metric.device)).sum(0)
+
+    residual = over_rows(residual_part)
     factors = _block_factors(row_weights, indices, metric, codebooks.shape)
     direction = torch.zeros_like(result)
     previous = 0.0
@@ -56,7 +72,7 @@ def refine_codebooks(
         if not current > 0:
             break
         direction = conditioned + (current / previous) * direction if previous else conditioned
-        image = _scatter((gather(direction, indices) * weights) @ metric, indices, codebooks.shape)
+        image = over_rows(normal_part)
         curvature = float((direction * image).flatten(1).sum(1).sum())
         if not curvature > 0:
             break
@@ -72,9 +88,12 @@ def refine_scales(weight: Tensor, quantized: Tensor, scales: Tensor, metric: Ten
 
     A row whose optimum is not positive (its codes tell nothing about it) keeps its entry of `scales`.
     """
-    weighted = quantized @ metric
-    overlap = (weighted * weight).flatten(1).sum(1)
-    norm = (weighted * quantized).flatten(1).sum(1)
+
+    def sums(rows: slice) -> Tensor:
+        weighted = quantized[rows] @ metric
+        return torch.stack([(weighted * other[rows]).flatten(1).sum(1) for other in (weight, quantized)])
+
+    overlap, norm = torch.cat(map_rows(sums, len(weight), metric.device), 1)
     best = overlap / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     usable = (norm > 0) & (best > 0) & best.isfinite() & (scales > 0)
     return torch.where(usable, best, scales)

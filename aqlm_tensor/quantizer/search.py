@@ -9,11 +9,12 @@ over the first codebook for larger ones.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.parallel import numba_search, row_map
+from aqlm_tensor.quantizer.parallel import map_rows, numba_search
 
 __all__ = ["Coupling", "gather", "sweep"]
 
@@ -56,33 +57,133 @@ def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: C
         coupling: metric and feedback; see there.
         beam_width: entries kept of the first codebook of a pair, for codebooks too large to try all pairs.
     """
-    rows, height, columns = target.shape
-    group = codebooks.shape[-1]
+    rows, _, columns = target.shape
+    count, size, _, group = codebooks.shape
     fresh = indices is None
     if indices is None:
-        indices = torch.zeros(rows, columns // group, len(codebooks), dtype=torch.int64, device=target.device)
+        indices = torch.zeros(rows, columns // group, count, dtype=torch.int64, device=target.device)
         error = torch.zeros_like(target)
     else:
         indices = indices.clone()
         error = torch.zeros_like(target) if coupling.causal else target - gather(codebooks, indices)
-    search = _GroupSearch(codebooks, beam_width)
-    width = max(group, _BLOCK_COLUMNS // group * group)
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        known = start if coupling.causal else columns
-        pending = error[..., :known] @ coupling.feedback[:known, start:stop]
-        for left in range(start, stop, group):
-            j, right = left // group, left + group
-            metric = coupling.metric[j]
-            linear = target[..., left:right] @ metric + pending[..., left - start : right - start]
-            chosen = search(metric, linear, None if fresh else indices[:, j])
-            indices[:, j] = chosen
-            new = target[..., left:right] - gather(codebooks, chosen[:, None])
-            if right < stop:
-                change = new - error[..., left:right]
-                pending[..., right - start :] += change @ coupling.feedback[left:right, right:stop]
-            error[..., left:right] = new
+    compiled = numba_search(target.device) if size <= _EXHAUSTIVE_SIZE else None
+    if compiled is None:
+        visit = _TorchBlocks(codebooks, coupling, beam_width, fresh)
+    else:
+        visit = _NumbaBlocks(codebooks, coupling, compiled, fresh)
+    for start in range(0, columns, visit.width):
+        block = slice(start, min(start + visit.width, columns))
+        inputs = slice(0, start if coupling.causal else columns)
+        feedback = coupling.feedback[inputs, block].contiguous()
+        visit.prepare(block)
+
+        def work(part: slice, block: slice = block, inputs: slice = inputs, feedback: Tensor = feedback) -> None:
+            visit(part, block, target, error[part, :, inputs] @ feedback, error, indices)
+
+        map_rows(work, rows, target.device)
     return indices
+
+
+def _block_width(columns: int, group: int, tables: int) -> int:
+    """Columns of a block: whole groups, about _BLOCK_COLUMNS, with at most _CHUNK_ELEMENTS table entries in all."""
+    groups = max(1, min(_BLOCK_COLUMNS // group, _CHUNK_ELEMENTS // max(tables, 1)))
+    return min(columns, groups * group)
+
+
+def _pair_order(count: int) -> list[tuple[int, int]]:
+    """Pairs of codebooks to search one after the other: neighbours, closed to a ring from three on."""
+    return [(k, k + 1) for k in range(count - 1)] + ([(count - 1, 0)] if count > 2 else [])
+
+
+def _passes(count: int, fresh: bool) -> int:
+    return 2 if fresh and count > 2 else 1
+
+
+def _fixed_point_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Interaction costs [..., S, S] as int32, and the steps per unit [...], the largest being 2^28.
+
+    A row's own costs are taken relative to their minimum and capped at twice the largest pair cost: an entry beyond
+    the cap cannot be part of the best pair. So sums of three stay inside int32, and resolution beats float32.
+    """
+    largest = pairs.abs().amax((-2, -1)).clamp_(min=1e-30)
+    factors = float(1 << _PAIR_BITS) / largest
+    return (pairs * factors[..., None, None]).to(torch.int32), factors
+
+
+class _NumbaBlocks:
+    """Blocks of groups in compiled loops; codebooks of up to 256 entries."""
+
+    def __init__(self, codebooks: Tensor, coupling: Coupling, compiled: ModuleType, fresh: bool) -> None:
+        self.coupling, self.compiled, self.known = coupling, compiled, not fresh
+        self.codebooks = codebooks
+        count, size, _, self.group = codebooks.shape
+        self.flat = codebooks.flatten(2).contiguous()
+        self.transposed = self.flat.mT.contiguous()
+        self.pairs = _pair_order(count)
+        order = torch.tensor(self.pairs * _passes(count, fresh), dtype=torch.int64).view(-1, 2)
+        self.order = order.numpy()
+        self.width = _block_width(coupling.feedback.shape[0], self.group, len(self.pairs) * size * size)
+
+    def prepare(self, block: slice) -> None:
+        """Tables of the groups of a block, shared by all rows."""
+        metric = self.coupling.metric[block.start // self.group : block.stop // self.group]
+        groups, (count, size) = len(metric), self.codebooks.shape[:2]
+        tables = torch.empty(groups, len(self.pairs), size, size, dtype=torch.int32)
+        factors = torch.ones(groups, len(self.pairs))
+        squares = torch.empty(groups, count, size)
+
+        def work(part: slice) -> None:
+            for j in range(part.start, part.stop):
+                weighted = (self.codebooks @ metric[j]).flatten(2)
+                squares[j] = (weighted * self.flat).sum(2)
+                for p, (first, second) in enumerate(self.pairs):
+                    pairs = 2.0 * (weighted[first] @ self.transposed[second])
+                    tables[j, p], factors[j, p] = _fixed_point_pairs(pairs)
+
+        map_rows(work, groups, metric.device, smallest=4)
+        feedback = self.coupling.feedback[block, block].contiguous()
+        self.shared = [t.numpy() for t in (metric, feedback, self.flat, self.transposed, squares, tables, factors)]
+
+    def __call__(
+        self, rows: slice, block: slice, target: Tensor, pending: Tensor, error: Tensor, indices: Tensor
+    ) -> None:
+        groups = slice(block.start // self.group, block.stop // self.group)
+        part_error = error[rows, :, block].contiguous()
+        part_indices = indices[rows, groups].contiguous()
+        arrays = [t.contiguous().numpy() for t in (target[rows, :, block], pending, part_error, part_indices)]
+        limit = arrays[0].dtype.type(2 << _PAIR_BITS)
+        self.compiled.sweep_block(*arrays, self.known, *self.shared, limit, self.order)
+        error[rows, :, block] = part_error
+        indices[rows, groups] = part_indices
+
+
+class _TorchBlocks:
+    """Blocks of groups in torch operations, for any device and codebook size."""
+
+    def __init__(self, codebooks: Tensor, coupling: Coupling, beam_width: int, fresh: bool) -> None:
+        self.codebooks, self.coupling, self.fresh = codebooks, coupling, fresh
+        self.group = codebooks.shape[-1]
+        self.search = _GroupSearch(codebooks, beam_width)
+        self.width = _block_width(coupling.feedback.shape[0], self.group, 1)
+
+    def prepare(self, block: slice) -> None:
+        """Couplings inside the block."""
+        self.inner = self.coupling.feedback[block, block]
+
+    def __call__(
+        self, rows: slice, block: slice, target: Tensor, pending: Tensor, error: Tensor, indices: Tensor
+    ) -> None:
+        group, start = self.group, block.start
+        for left in range(0, block.stop - start, group):
+            right, j = left + group, (start + left) // group
+            here = (rows, slice(None), slice(start + left, start + right))
+            metric = self.coupling.metric[j]
+            linear = target[here] @ metric + pending[..., left:right]
+            chosen = self.search(metric, linear, None if self.fresh else indices[rows, j])
+            indices[rows, j] = chosen
+            new = target[here] - gather(self.codebooks, chosen[:, None])
+            pending[..., right:] += (new - error[here]) @ self.inner[left:right, right:]
+            error[here] = new
 
 
 class _GroupSearch:
@@ -94,7 +195,7 @@ class _GroupSearch:
         count, size = codebooks.shape[:2]
         self.exhaustive = size <= _EXHAUSTIVE_SIZE
         self.beam_width = min(beam_width, size)
-        self.pairs = [(k, k + 1) for k in range(count - 1)] + ([(count - 1, 0)] if count > 2 else [])
+        self.pairs = _pair_order(count)
 
     def __call__(self, metric: Tensor, linear: Tensor, current: Tensor | None) -> Tensor:
         """Indices [R, K] for linear terms b [R, H, G]; `current` [R, K] is where the search starts, if known."""
@@ -116,12 +217,11 @@ class _GroupSearch:
         count, rows = costs.shape[:2]
         if count == 1:
             return costs[0].argmin(1, keepdim=True)
-        passes = 1 if current is not None or count == 2 else 2
         known = [current is not None] * count
         chosen = (
             torch.zeros(rows, count, dtype=torch.int64, device=costs.device) if current is None else current.clone()
         )
-        for first, second in self.pairs * passes:
+        for first, second in self.pairs * _passes(count, current is None):
             others = [k for k in range(count) if k not in (first, second) and known[k]]
             given = [self._given(costs, weighted, k, others, chosen) for k in (first, second)]
             start = chosen[:, first] if known[first] and known[second] else None
@@ -157,32 +257,14 @@ class _GroupSearch:
 
 
 def _all_pairs(costs1: Tensor, costs2: Tensor, pairs: Tensor) -> Tensor:
-    """Argmin over (i, l) of costs1[r, i] + costs2[r, l] + pairs[i, l]: indices [R, 2].
-
-    In fixed point, so that every back end sees the same sums. A row's costs are taken relative to their minimum and
-    capped at twice the largest pair cost: an entry beyond the cap cannot be part of the best pair.
-    """
-    largest = max(float(pairs.abs().max()), 1e-30)
-    factor = float(1 << _PAIR_BITS) / largest
+    """Argmin over (i, l) of costs1[r, i] + costs2[r, l] + pairs[i, l]: indices [R, 2]. The compiled loops agree."""
+    fixed, factor = _fixed_point_pairs(pairs)
     limit = float(2 << _PAIR_BITS)
-    fixed = (pairs * factor).to(torch.int32)
-    rows = costs1.shape[0]
-    numba_backend = numba_search(costs1.device)
-    if numba_backend is not None:
-        chosen = torch.empty(rows, 2, dtype=torch.int64)
-        arrays = (costs1.numpy(), costs2.numpy(), fixed.numpy(), chosen.numpy())
-        np_factor, np_limit = arrays[0].dtype.type(factor), arrays[0].dtype.type(limit)
-
-        def search_rows(part: slice) -> None:
-            numba_backend.pair_argmin(arrays[0][part], arrays[1][part], arrays[2], np_factor, np_limit, arrays[3][part])
-
-        row_map(search_rows, rows)
-        return chosen
     one, two = ((c - c.amin(1, keepdim=True)).mul_(factor).clamp_(max=limit).to(torch.int32) for c in (costs1, costs2))
     step = max(1, _CHUNK_ELEMENTS // fixed.numel())
     parts = [
         (one[start : start + step, :, None] + two[start : start + step, None, :] + fixed).flatten(1).argmin(1)
-        for start in range(0, rows, step)
+        for start in range(0, costs1.shape[0], step)
     ]
     best = torch.cat(parts)
     return torch.stack([best // fixed.shape[1], best % fixed.shape[1]], 1)

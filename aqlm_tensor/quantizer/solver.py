@@ -1,4 +1,4 @@
-"""SolverConfig: how much work the layer solver does. The scheme says what is stored, this says how hard to look for it."""
+"""SolverConfig: how much work the layer solver does; the scheme says what is stored, this how hard to look for it."""
 
 import math
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ class SolverConfig:
     kmeans_iterations: int = 8
     conjugate_gradient_steps: int = 8
     beam_width: int = 8
-    damping: float = 0.01
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
