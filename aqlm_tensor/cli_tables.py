@@ -1,16 +1,14 @@
 """`aqlm-tensor inspect` and `aqlm-tensor kernels`: what is in a checkpoint, and what will multiply with it."""
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from aqlm_tensor import checkpoint
 from aqlm_tensor.cli_arguments import parse_device, parse_dtype, parse_rows
-from aqlm_tensor.cli_output import UsageError, emit, print_json, stdout, usage
+from aqlm_tensor.cli_output import UsageError, emit, print_json, usage
 from aqlm_tensor.kernels import registry
 from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
@@ -22,31 +20,44 @@ def inspect(path: Path, *, as_json: bool) -> None:
     """Print the weights of a checkpoint folder; see `aqlm-tensor inspect --help`."""
     if not path.is_dir():
         raise UsageError(f"{str(path)!r} is not a folder: pass the folder of a checkpoint")
-    weights = checkpoint.inspect(path)
+    weights = sorted(checkpoint.inspect(path), key=lambda info: _natural(info.name))
     rows = [_row(info) for info in weights]
     totals = _totals(weights)
     if as_json:
         print_json({"folder": str(path), "weights": rows, "totals": totals})
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("weight", overflow="fold")
-    for column in ("shape", "scheme", "dtype", "bits/weight", "MB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            Text(row["name"]),
-            "x".join(map(str, row["shape"])),
-            row["scheme"] or "dense",
-            row["dtype"],
-            f"{row['bits_per_weight']:.3f}",
-            f"{row['bytes'] / 1e6:.3f}",
-        )
-    stdout.print(table)
+    _emit_table(
+        ("weight", "shape", "scheme", "dtype", "bits/weight", "MB"),
+        [
+            (
+                row["name"],
+                "x".join(map(str, row["shape"])),
+                row["scheme"] or "dense",
+                row["dtype"],
+                f"{row['bits_per_weight']:.3f}",
+                f"{row['bytes'] / 1e6:.3f}",
+            )
+            for row in rows
+        ],
+    )
     for scheme, total in totals.items():
         emit(
             f"{scheme}: {total['tensors']} weights, {total['parameters'] / 1e6:.2f} M parameters, "
             f"{total['bits_per_weight']:.3f} bits each, {total['bytes'] / 1e6:.1f} MB"
         )
+
+
+def _emit_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as they need to be: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        emit("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _row(info: checkpoint.TensorInfo) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def perplexity(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
+    total, so_far = 0.0, math.nan
     try:
         for number, window in enumerate(batch, 1):
             total += _negative_log_likelihood(model, window.to(device=device, dtype=torch.int64))

@@ -133,10 +133,15 @@ def _load_dense(source: ModelSource, dtype: Any, options: dict[str, Any]) -> Any
     if dtype == "auto" and source.kind == "gguf":
         dtype = torch.float32
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
-    if hasattr(model.config, "quantization_config"):  # GGUF was dequantized: the model is dense from here on
-        del model.config.quantization_config
+    if source.kind == "gguf":  # it was dequantized: the model is dense from here on
+        _forget_quantization(model.config)
         model.hf_quantizer = None
     return model
+
+
+def _forget_quantization(config: Any) -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def _load_aqlm(folder: Path, dtype: Any) -> Any:
@@ -148,10 +153,10 @@ def _load_aqlm(folder: Path, dtype: Any) -> Any:
     if dtype != "auto":
         raise ValueError(f"an AQLM model keeps its stored dtype, got dtype {dtype}: leave it out")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _forget_quantization(config)
     with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds (rotary angles) get computed
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # each assignment under init_empty_weights made a parameter of its own
     load(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -175,7 +180,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False)
 
 
 def tokenize(tokenizer: Any, text: str) -> Any:
-    """The tokens of a text, [n] int64, with the special tokens that the tokenizer adds by default (often a first one)."""
+    """The tokens of a text, [n] int64, with the special tokens that the tokenizer adds by default."""
     import torch
 
     with quiet():  # Transformers would warn that the text is longer than the model's context: it is cut later

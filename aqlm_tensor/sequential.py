@@ -274,9 +274,8 @@ def _detach_observers(block: nn.Module) -> None:
 @contextlib.contextmanager
 def _dense_weights(block: nn.Module) -> Iterator[None]:
     """Inside the block of code, quantized weights are dense: decoded once rather than in each batch's forward."""
-    quantized = [
-        (part, part.weight) for part in block.modules() if isinstance(getattr(part, "weight", None), AQLMTensor)
-    ]
+    linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    quantized = [(part, part.weight) for part in linears if isinstance(part.weight, AQLMTensor)]
     try:
         for part, weight in quantized:
             part.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
