@@ -37,9 +37,8 @@ class QuantizedLayer:
         codes: stored signed codes, [O / H, I / G, K], int8 or int16.
         codebooks: [K, 2^N, H, G] float32, representable in the dtype asked for.
         scales: [O / H, 1, 1, 1] float32, likewise.
-        errors: tr(dW H dW^T) / tr(W H W^T) after the initialisation and after each round. The last round works with
-            the rounded codebooks and scales; the stored result is the best of all after rounding.
-        error: the same of the stored result.
+        errors: tr(dW H dW^T) / tr(W H W^T) after the initialisation and after each round.
+        error: the same of the stored result, the best of them.
     """
 
     codes: Tensor
@@ -83,8 +82,8 @@ def quantize_layer(
         hessian: H = X^T X of the layer's inputs, [I, I]; None weighs every input the same (data-free).
         solver: effort.
         seed: of the initialisation.
-        dtype: what codebooks and scales will be stored in; they are rounded to it, and the last code search knows.
-            None keeps float32.
+        dtype: what codebooks and scales will be stored in; they are rounded to it before each code search. None keeps
+            float32.
         on_progress: called with (round, relative error) after the initialisation (round 0) and each round.
 
     Raises:
@@ -105,13 +104,13 @@ def _solve(
     dtype: torch.dtype | None,
     on_progress: Callable[[int, float], None] | None,
 ) -> QuantizedLayer:
-    problem = _Problem(weight, scheme, hessian, solver)
+    problem = _Problem(weight, scheme, hessian, solver, dtype or torch.float32)
     generator = torch.Generator().manual_seed(seed)
     state = problem.initialize(generator)
     errors = [problem.relative(state)]
     report = on_progress or (lambda _round, _error: None)
     report(0, errors[0])
-    best = initial = state
+    best = state
     for number in range(1, solver.max_rounds + 1):
         state = problem.improve(state, afresh=number <= _FEEDBACK_ROUNDS)
         errors.append(problem.relative(state))
@@ -120,9 +119,6 @@ def _solve(
             best = state
         if number > _FEEDBACK_ROUNDS and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
             break
-    if dtype is not None and dtype != torch.float32:
-        candidates = [problem.rounded(state, dtype) for state in (best, initial)]
-        best = min(candidates, key=problem.relative)
     return problem.result(best, errors)
 
 
@@ -143,8 +139,10 @@ def _check(
     reason = scheme.why_not(*weight.shape)
     if reason is not None:
         raise ValueError(f"scheme {scheme} does not fit a weight of shape {tuple(weight.shape)}: {reason}")
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight holds NaN or infinite values")
+    if not bool(weight.float().isfinite().all()):
+        raise ValueError("weight holds NaN or infinite values, or values beyond float32")
+    if dtype is not None and float(weight.abs().amax()) > torch.finfo(dtype).max:
+        raise ValueError(f"weight holds values beyond the range of {dtype}: store the codebooks in another dtype")
     if hessian is not None:
         check_hessian(hessian, weight.shape[1])
 
@@ -155,8 +153,10 @@ class _Problem:
     Groups are ordered by falling weight of their inputs, so that error feedback ends with those that matter least.
     """
 
-    def __init__(self, weight: Tensor, scheme: AQLMScheme, hessian: Tensor | None, solver: SolverConfig) -> None:
-        self.scheme, self.solver = scheme, solver
+    def __init__(
+        self, weight: Tensor, scheme: AQLMScheme, hessian: Tensor | None, solver: SolverConfig, dtype: torch.dtype
+    ) -> None:
+        self.scheme, self.solver, self.dtype = scheme, solver, dtype
         group = scheme.in_group_size
         metric = regularize(hessian, weight.shape[1], weight.device)
         importance = metric.diagonal().view(-1, group).sum(1)
@@ -164,8 +164,7 @@ class _Problem:
         columns = (self.order[:, None] * group + torch.arange(group, device=weight.device)).flatten()
         self.metric = metric[columns][:, columns].contiguous()
         wide = weight.detach().float()[:, columns].view(-1, scheme.out_group_size, weight.shape[1])
-        largest = wide.abs().amax()
-        self.unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+        self.unit = torch.ldexp(torch.ones(()), wide.abs().amax().frexp().exponent.cpu()).to(weight.device)
         self.weight = wide / self.unit
         self.feedback = feedback_coupling(self.metric, group, solver.damping)
         self.descent = descent_coupling(self.metric, group)
@@ -183,7 +182,7 @@ class _Problem:
             self.solver.kmeans_iterations,
             generator,
         )
-        return self._state(codebooks, scales, self._sweep(scales, None, codebooks, self.feedback))
+        return self._state(codebooks, scales, None, self.feedback)
 
     def improve(self, state: _State, *, afresh: bool) -> _State:
         """One round: codebooks, scales, and codes, either `afresh` by error feedback or starting from the present."""
@@ -197,13 +196,7 @@ class _Problem:
         )
         scales = refine_scales(self.weight, gather(codebooks, state.indices), state.scales, self.metric)
         start, coupling = (None, self.feedback) if afresh else (state.indices, self.descent)
-        return self._state(codebooks, scales, self._sweep(scales, start, codebooks, coupling))
-
-    def rounded(self, state: _State, dtype: torch.dtype) -> _State:
-        """The state with codebooks and scales as `dtype` stores them, its codes searched again."""
-        codebooks = state.codebooks.to(dtype).float()
-        scales = (state.scales * self.unit).to(dtype).float() / self.unit
-        return self._state(codebooks, scales, self._sweep(scales, state.indices, codebooks, self.descent))
+        return self._state(codebooks, scales, start, coupling)
 
     def relative(self, state: _State) -> float:
         """Weighted error of a state relative to that of the zero matrix."""
@@ -221,9 +214,10 @@ class _Problem:
     def _target(self, scales: Tensor) -> Tensor:
         return self.weight / torch.where(scales > 0, scales, torch.ones_like(scales))[:, None, None]
 
-    def _sweep(self, scales: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: Coupling) -> Tensor:
-        return sweep(self._target(scales), indices, codebooks, coupling, self.solver.beam_width)
-
-    def _state(self, codebooks: Tensor, scales: Tensor, indices: Tensor) -> _State:
+    def _state(self, codebooks: Tensor, scales: Tensor, indices: Tensor | None, coupling: Coupling) -> _State:
+        """Round codebooks and scales to what will be stored, then choose the codes for them."""
+        codebooks = codebooks.to(self.dtype).float()
+        scales = (scales * self.unit).to(self.dtype).float() / self.unit
+        indices = sweep(self._target(scales), indices, codebooks, coupling, self.solver.beam_width)
         error = self.weight - scales[:, None, None] * gather(codebooks, indices)
         return _State(codebooks, scales, indices, row_errors(error, self.metric))
