@@ -1,8 +1,8 @@
 """Codes repacked for the lookup kernel, in memory of its own that lives as long as the codes' storage.
 
 The stored order [row][column] (a column is one codebook of one input group) would make the kernel, which walks down
-the rows of a few columns, touch a new cache line for every row. The packed order is [tile of 8 columns][row][8]: one
-8-byte load brings a row's codes for a tile, and rows follow each other in memory. It occupies as many bytes as the
+the rows of a few columns, touch a new cache line for every row. The packed order is [tile of 4 columns][row][4]: one
+4-byte load brings a row's codes for a tile, and rows follow each other in memory. It occupies as many bytes as the
 codes; all packed copies kept for one storage together never exceed the storage's own size, so weight plus cache is at
 most twice the codes.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["TILE", "invalidate", "packed_codes"]
 
-TILE = 8  # columns per tile: the bytes of one 64-bit load
+TILE = 4  # columns per tile: the bytes of one 32-bit load
 
 _Key = tuple[int, torch.Size, tuple[int, ...], int]
 
@@ -33,7 +33,7 @@ _lock = threading.Lock()
 
 
 def packed_codes(codes: Tensor, nbits: int) -> Tensor:
-    """Indices of int8 codes [R, columns...] as uint8 [R * columns]: tiles of 8 columns, then the remaining columns.
+    """Indices of int8 codes [R, columns...] as uint8 [R * columns]: tiles of 4 columns, then the remaining columns.
 
     The answer is cached and shared: it must not be written to. In-place changes of `codes` are noticed through its
     version counter; writes through `.data` or other memory (NumPy) are not and need `invalidate`.
@@ -71,6 +71,7 @@ def _pack(codes: Tensor, nbits: int) -> Tensor:
     packed = torch.empty(rows.numel(), dtype=torch.uint8)
     head, tail = packed.split([rows.shape[0] * whole, rows.shape[0] * (rows.shape[1] - whole)])
     if whole:
-        head.view(-1, rows.shape[0], TILE).copy_(rows[:, :whole].unflatten(1, (-1, TILE)).transpose(0, 1))
+        words = rows[:, :whole].clone(memory_format=torch.contiguous_format).view(torch.int32)  # aligned, unlike `rows`
+        head.view(torch.int32).view(-1, rows.shape[0]).copy_(words.T)
     tail.view(rows.shape[0], -1).copy_(rows[:, whole:])
     return packed

@@ -1,7 +1,7 @@
 """Decode blocks of the weight to float32: what everything but the lookup kernel is built on.
 
-An entry is 8, 4 or 1 floats at a time, whichever divides the group; the loops over one and two codebooks of groups of 8
-are compiled apart. Decoding 2x8g8 costs about as much as multiplying the weight with 4 to 8 rows of x, so the products
+An entry is read 8, 4 or 1 floats at a time, whichever divides the group; one and two codebooks of groups of 8 have
+loops of their own. Decoding 2x8g8 costs about as much as multiplying the weight with 8 to 16 rows of x, so the products
 in numba_product decode a block once and use it for all rows of x.
 """
 

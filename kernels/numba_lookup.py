@@ -3,15 +3,15 @@
 For one input group and one codebook, the dot products of x's group with all 2^N entries are a table of 2^N numbers;
 every row of the weight then adds one of them. With 2x8g8 that is two lookups instead of eight multiplications, from a
 table that stays in the L1 cache. Several rows of x (tokens) are the lanes of a vector: table [entry][lane], one lookup
-serves them all. The idea is that of AQLM (arXiv 2401.06118, section 4.4) and of its Numba kernel; here every thread
-sums into memory of its own so that nothing races, codes are repacked so that a row's eight codes come with one load,
-and a sum stays in a register for eight lookups.
+serves them all. The idea is that of AQLM (arXiv 2401.06118, section 4.4) and of its Numba kernel; here every item
+of work has sums of its own so that nothing races, codes are repacked so that one load brings four of a row's codes, and
+a sum stays in a register for 4 (tokens) or 16 (one token) lookups.
 
 The trade-off: tables cost 2^N * G multiplications per column, so this pays for N up to 8 and weights with many rows.
 For more tokens than lanes, passes over the codes repeat.
 
-An item of work is (chunk of columns, slice of the out group, partition, block of rows). Its sums go to a buffer of its
-own; whoever finishes the last chunk of a block adds the chunks up, always in the same order.
+First pass: an item of work is (chunk of columns, slice of the out group, partition, block of rows) and has a buffer of
+sums of its own. Second pass, over blocks of rows: the chunks' sums are added in order, scaled, and written to y.
 """
 
 import functools
@@ -37,13 +37,17 @@ from aqlm_tensor.kernels.numba_parallel import (
 from aqlm_tensor.kernels.numba_vectors import (
     add,
     address_of,
+    eight_of,
     fetch_add,
     float_at,
     fma,
+    inner_fma,
     lanes_of,
     load,
     load_bits,
+    load_each,
     splat,
+    splat_each,
     store,
     store_float,
     zeros,
@@ -51,70 +55,109 @@ from aqlm_tensor.kernels.numba_vectors import (
 
 __all__ = ["LANES", "lookup_linear"]
 
-LANES = (1, 4, 8)  # tokens a pass can serve; each is a compiled variant
-_CHUNK = 64  # columns summed in one buffer
-_BLOCK = 8192  # rows at most per item: 256 KB of sums for 8 lanes
+LANES = (1, 4, 8, 16)  # tokens that one sweep over the codes can serve; each is a compiled variant
+_CHUNKS = 16  # at most; what there is to share among threads, and buffers of sums
+_CHUNK_COLUMNS = 64  # at least
+_BLOCK_ROWS = 16384  # at most; every block builds its tables again
+_FINISH_ROWS = 512
 _ENTRIES = 256  # of a table, whatever the number of bits, so that offsets are constants
 _FLOAT = 4  # bytes
 
 # The frame: addresses and sizes, after the head that numba_parallel defines.
 _X, _BOOKS, _CODES, _SUMS, _SCALES, _BIAS, _Y, _SCRATCH = range(3, 11)
-_ROWS, _COLUMNS, _CODEBOOKS, _SIZE, _GROUP, _OUT_GROUP, _TOKENS, _PARTITIONS, _BLOCKS = range(11, 20)
-_DONE = 20  # one counter per block of rows and slice of the out group
+_ROWS, _COLUMNS, _CHUNK, _CODEBOOKS, _SIZE, _GROUP, _OUT_GROUP, _TOKENS, _PARTITIONS, _BLOCKS, _LANES = range(11, 22)
 
 
 def lookup_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, I] times the transposed weight plus bias: [M, O] in float32; codebooks [P, K, 2^N, H, G], N <= 8."""
-    out_group = codebooks.shape[3]
-    books = _table_books(codebooks)
+    """x [M, I] times the transposed weight plus bias: [M, O] in float32.
+
+    Args:
+        x: at least one row, any float dtype.
+        codes: [O/H, I/G, K] int8, not empty.
+        codebooks: [P, K, 2^N, H, G], N <= 8.
+        scales: [O/H, 1, 1, 1].
+        bias: [O] in float32 and contiguous, or None.
+    """
     packed = packed_codes(codes, (codebooks.shape[2] - 1).bit_length())
-    scales, bias = scales.float().reshape(-1).contiguous(), None if bias is None else bias.float().contiguous()
-    y = torch.empty(x.shape[0], codes.shape[0] * out_group, dtype=torch.float32)
+    scales = scales.float().reshape(-1).contiguous()
+    y = torch.empty(x.shape[0], codes.shape[0] * codebooks.shape[3], dtype=torch.float32)
+    books: dict[bool, Tensor] = {}
     for start in range(0, x.shape[0], LANES[-1]):
-        tokens = slice(start, min(start + LANES[-1], x.shape[0]))
-        _pass(x[tokens], codes, packed, books, scales, bias, y[tokens])
+        some = x[start : start + LANES[-1]].float()
+        lanes = next(lanes for lanes in LANES if lanes >= some.shape[0])
+        single = lanes == 1
+        if single not in books:
+            books[single] = _table_books(codebooks, single)
+        _sweep(
+            _transposed(some, lanes), lanes, codes, packed, books[single], scales, bias, y[start : start + LANES[-1]]
+        )
     return y
 
 
-def _table_books(codebooks: Tensor) -> Tensor:
-    """Codebooks [P, K, C, H, G] as float32 [P, H, K, G, C], C at least 16: what builds a table 16 entries at a time."""
+def _transposed(x: Tensor, lanes: int) -> Tensor:
+    """x [M, I] as [I, lanes], zeros in the lanes beyond M."""
+    if x.shape[0] == lanes:
+        return x.T.contiguous()
+    padded = x.new_zeros(x.shape[1], lanes)
+    padded[:, : x.shape[0]] = x.T
+    return padded
+
+
+def _table_books(codebooks: Tensor, single: bool) -> Tensor:
+    """Codebooks in float32 as [P, H, K, C, G], or for a single lane as [P, H, K, G, C] with C at least 16."""
+    if not single:
+        return codebooks.float().permute(0, 3, 1, 2, 4).contiguous()
     books = codebooks.float().permute(0, 3, 1, 4, 2)
-    missing = 16 - books.shape[-1]
+    missing = 16 - books.shape[-1]  # tables are built 16 entries at a time
     return F.pad(books, (0, missing)) if missing > 0 else books.contiguous()
 
 
-def _pass(
-    x: Tensor, codes: Tensor, packed: Tensor, books: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+def _sweep(
+    x: Tensor,
+    lanes: int,
+    codes: Tensor,
+    packed: Tensor,
+    books: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
 ) -> None:
-    """Fill y [M, O] for at most LANES[-1] rows of x [M, I]."""
-    partitions, out_group, num_codebooks, group, size = books.shape
-    lanes = next(lanes for lanes in LANES if lanes >= x.shape[0])
-    transposed = torch.zeros(x.shape[1], lanes, dtype=torch.float32)
-    transposed[:, : x.shape[0]] = x.T
+    """Fill y [M, O] for x [I, lanes]."""
+    partitions, out_group, num_codebooks = books.shape[:3]
+    size, group = books.shape[3:] if lanes > 1 else books.shape[:2:-1]
     rows, columns = codes.shape[0], codes.shape[1] * num_codebooks
-    blocks = -(-rows // partitions // _BLOCK)
-    chunks = -(-columns // _CHUNK)
-    counters = out_group * partitions * blocks
-    threads = threads_for(chunks * counters, rows * columns * out_group * lanes // 8)
+    chunk = max(_CHUNK_COLUMNS, -(-columns // _CHUNKS // 16) * 16)
+    chunks, blocks = -(-columns // chunk), -(-rows // partitions // _BLOCK_ROWS)
+    items = chunks * out_group * partitions * blocks
+    threads = threads_for(items, rows * columns * out_group // 4)
     sums = torch.empty(chunks * out_group * rows * lanes, dtype=torch.float32)
-    scratch = torch.empty(threads * TILE * _ENTRIES * lanes, dtype=torch.float32)
-    frame = np.zeros(_DONE + counters, np.int64)
-    frame[ITEMS] = chunks * counters
-    tensors = (transposed, books, packed, sums, scales, bias, y, scratch)
-    frame[_X:_ROWS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    frame[_ROWS:_DONE] = (
-        rows, columns, num_codebooks, size, group, out_group, x.shape[0], partitions, blocks,
-    )  # fmt: skip
-    run(_kernel(lanes), frame, threads)
+    scratch = torch.empty(threads * 16 * _ENTRIES * lanes, dtype=torch.float32)
+    tensors = (x, books, packed, sums, scales, bias, y, scratch)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = (rows, columns, chunk, num_codebooks, size, group, out_group, y.shape[0], partitions, blocks, lanes)
+    run(_sum_kernel(lanes), np.array((0, 0, items, *addresses, *sizes), np.int64), threads)
+    items = -(-rows // _FINISH_ROWS)
+    run(_finish_kernel(), np.array((0, 0, items, *addresses, *sizes), np.int64), min(threads, items))
 
 
 @functools.cache
-def _kernel(lanes: int) -> CFunc:
-    """The compiled kernel for so many lanes."""
+def _sum_kernel(lanes: int) -> CFunc:
+    """The compiled first pass for so many lanes."""
     digest = source_digest()
 
     def kernel(f) -> None:  # noqa: ANN001
-        _take_items(f, zeros(lanes), digest)
+        _sum_items(f, zeros(lanes), digest)
+
+    return compile_kernel(kernel)
+
+
+@functools.cache
+def _finish_kernel() -> CFunc:
+    """The compiled second pass."""
+    digest = source_digest()
+
+    def kernel(f) -> None:  # noqa: ANN001
+        _finish_items(f, digest)
 
     return compile_kernel(kernel)
 
@@ -123,88 +166,107 @@ def _kernel(lanes: int) -> CFunc:
 
 
 @njit(**OPTIONS)
-def _take_items(f, zero, digest) -> None:  # noqa: ANN001, ARG001
+def _sum_items(f, zero, digest) -> None:  # noqa: ANN001, ARG001
     address, entry_bytes = address_of(f), _FLOAT * lanes_of(zero)
-    tables = f[_SCRATCH] + fetch_add(address + 8 * NEXT_SLOT) * TILE * _ENTRIES * entry_bytes
+    tables = f[_SCRATCH] + fetch_add(address + 8 * NEXT_SLOT) * 16 * _ENTRIES * entry_bytes
     out_group, rows_all, blocks = f[_OUT_GROUP], f[_ROWS], f[_BLOCKS]
-    ends = out_group * f[_PARTITIONS] * blocks
-    chunks, part_rows = f[ITEMS] // ends, rows_all // f[_PARTITIONS]
+    places = out_group * f[_PARTITIONS] * blocks
+    part_rows = rows_all // f[_PARTITIONS]
     item = fetch_add(address + 8 * NEXT_ITEM)
     while item < f[ITEMS]:
-        chunk, end = divmod(item, ends)
-        part, place = divmod(end, f[_PARTITIONS] * blocks)
+        chunk, place = divmod(item, places)
+        part, place = divmod(place, f[_PARTITIONS] * blocks)
         partition, block = divmod(place, blocks)
         start = partition * part_rows + part_rows * block // blocks
         rows = partition * part_rows + part_rows * (block + 1) // blocks - start
         sums = f[_SUMS] + ((chunk * out_group + part) * rows_all + start) * entry_bytes
         books = f[_BOOKS] + (partition * out_group + part) * _FLOAT * f[_CODEBOOKS] * f[_GROUP] * f[_SIZE]
-        _sum_chunk(f, zero, books, chunk * _CHUNK, start, rows, sums, tables)
-        if fetch_add(address + 8 * (_DONE + end)) == chunks - 1:
-            _finish(f, zero, chunks, part, start, rows)
+        _sum_chunk(f, zero, books, chunk * f[_CHUNK], start, rows, sums, tables)
         item = fetch_add(address + 8 * NEXT_ITEM)
 
 
 @njit(**OPTIONS)
 def _sum_chunk(f, zero, books, first, start, rows, sums, tables) -> None:  # noqa: ANN001
     """Sum the lookups of a chunk of columns for the rows from `start` on."""
-    entry_bytes, columns = _FLOAT * lanes_of(zero), f[_COLUMNS]
+    entry_bytes, last = _FLOAT * lanes_of(zero), min(first + f[_CHUNK], f[_COLUMNS])
     table_bytes, book_bytes = _ENTRIES * entry_bytes, _FLOAT * f[_GROUP] * f[_SIZE]
+    step = 16 if lanes_of(zero) == 1 else TILE  # tables of 16 KB for 1 and 4 lanes: in L1, with room for the sums
     for row in range(rows):
         store(sums + row * entry_bytes, zero)
-    for tile in range(first, min(first + _CHUNK, columns), TILE):
-        width = min(TILE, columns - tile)
+    for column in range(first, last, step):
+        width = min(step, last - column)
         for j in range(width):
-            group, codebook = divmod(tile + j, f[_CODEBOOKS])
+            group, codebook = divmod(column + j, f[_CODEBOOKS])
             x = f[_X] + group * f[_GROUP] * entry_bytes
             _build_table(tables + j * table_bytes, books + codebook * book_bytes, x, zero, f[_SIZE], f[_GROUP])
-        codes = f[_CODES] + tile * f[_ROWS] + start * width
-        if width == TILE:
-            _add_tile(tables, codes, sums, rows, zero)
-        else:
-            for j in range(width):
-                _add_column(tables + j * table_bytes, codes + j, width, sums, rows, zero)
+        codes, tile_bytes = f[_CODES] + column * f[_ROWS] + start * TILE, f[_ROWS] * TILE
+        if width == 16:
+            _add_four_tiles(tables, codes, tile_bytes, sums, rows, zero)
+            continue
+        whole = width // TILE * TILE
+        for j in range(0, whole, TILE):
+            _add_tile(tables + j * table_bytes, codes + j * f[_ROWS], sums, rows, zero)
+        codes = f[_CODES] + (column + whole) * f[_ROWS] + start * (width - whole)
+        for j in range(width - whole):
+            _add_column(tables + (whole + j) * table_bytes, codes + j, width - whole, sums, rows, zero)
 
 
 @njit(**OPTIONS)
 def _build_table(table, book, x, zero, size, group) -> None:  # noqa: ANN001
-    """Table [entry][lane] from a book [G][size] and x [G][lane]."""
-    lanes = lanes_of(zero)
-    if lanes == 1:  # entries are neighbours: 16 at a time
+    """Table [entry][lane] of dot products of x [G][lane] with the entries of a book."""
+    if lanes_of(zero) == 1:  # book [G][size]; entries are neighbours: 16 at a time
         for entry in range(0, size, 16):
             total = zeros(16)
             for i in range(group):
-                total = fma(
-                    splat(float_at(x + _FLOAT * i), total), load(book + _FLOAT * (i * size + entry), total), total
-                )
+                value = splat(float_at(x + _FLOAT * i), total)
+                total = fma(value, load(book + _FLOAT * (i * size + entry), total), total)
             store(table + _FLOAT * entry, total)
-    else:
+        return
+    entry_bytes, whole = _FLOAT * lanes_of(zero), group // 8 * 8  # book [size][G]
+    for first in range(0, whole, 8):
+        values = load_each(x + first * entry_bytes, entry_bytes, eight_of(zero))
         for entry in range(size):
-            sums = zero
-            for i in range(group):
-                weight = splat(float_at(book + _FLOAT * (i * size + entry)), zero)
-                sums = fma(weight, load(x + _FLOAT * lanes * i, zero), sums)
-            store(table + _FLOAT * lanes * entry, sums)
+            total = load(table + entry * entry_bytes, zero) if first else zero
+            weights = splat_each(book + _FLOAT * (entry * group + first), _FLOAT, values)
+            store(table + entry * entry_bytes, inner_fma(total, weights, values))
+    for i in range(whole, group):
+        value = load(x + i * entry_bytes, zero)
+        for entry in range(size):
+            total = load(table + entry * entry_bytes, zero) if i else zero
+            weight = splat(float_at(book + _FLOAT * (entry * group + i)), zero)
+            store(table + entry * entry_bytes, fma(weight, value, total))
 
 
 @njit(**OPTIONS)
-def _look_up(tables, column, code, zero):  # noqa: ANN001, ANN202
-    return load(tables + _FLOAT * lanes_of(zero) * (column * _ENTRIES + (code & 255)), zero)
+def _look_up_four(total, tables, codes, zero):  # noqa: ANN001, ANN202
+    """Add the entries that the four bytes at `codes` choose from four tables."""
+    entry_bytes, word = _FLOAT * lanes_of(zero), load_bits(codes, 32)
+    table_bytes = _ENTRIES * entry_bytes
+    total = add(total, load(tables + entry_bytes * (word & 255), zero))
+    total = add(total, load(tables + table_bytes + entry_bytes * (word >> 8 & 255), zero))
+    total = add(total, load(tables + 2 * table_bytes + entry_bytes * (word >> 16 & 255), zero))
+    return add(total, load(tables + 3 * table_bytes + entry_bytes * (word >> 24), zero))
 
 
 @njit(**OPTIONS)
 def _add_tile(tables, codes, sums, rows, zero) -> None:  # noqa: ANN001
-    """Add one lookup from each of 8 tables to every row's sum."""
+    """Add one lookup from each of 4 tables to every row's sum."""
     for _ in range(rows):
-        word = load_bits(codes, 64)
-        total = add(load(sums, zero), _look_up(tables, 0, word, zero))
-        total = add(total, _look_up(tables, 1, word >> 8, zero))
-        total = add(total, _look_up(tables, 2, word >> 16, zero))
-        total = add(total, _look_up(tables, 3, word >> 24, zero))
-        total = add(total, _look_up(tables, 4, word >> 32, zero))
-        total = add(total, _look_up(tables, 5, word >> 40, zero))
-        total = add(total, _look_up(tables, 6, word >> 48, zero))
-        total = add(total, _look_up(tables, 7, word >> 56, zero))
-        store(sums, total)
+        store(sums, _look_up_four(load(sums, zero), tables, codes, zero))
+        codes += TILE
+        sums += _FLOAT * lanes_of(zero)
+
+
+@njit(**OPTIONS)
+def _add_four_tiles(tables, codes, tile_bytes, sums, rows, zero) -> None:  # noqa: ANN001
+    """Add one lookup from each of 16 tables to every row's sum."""
+    table_bytes = TILE * _ENTRIES * _FLOAT * lanes_of(zero)
+    for _ in range(rows):
+        first = _look_up_four(load(sums, zero), tables, codes, zero)
+        second = _look_up_four(zero, tables + table_bytes, codes + tile_bytes, zero)
+        first = _look_up_four(first, tables + 2 * table_bytes, codes + 2 * tile_bytes, zero)
+        second = _look_up_four(second, tables + 3 * table_bytes, codes + 3 * tile_bytes, zero)
+        store(sums, add(first, second))
         codes += TILE
         sums += _FLOAT * lanes_of(zero)
 
@@ -213,23 +275,51 @@ def _add_tile(tables, codes, sums, rows, zero) -> None:  # noqa: ANN001
 def _add_column(table, codes, width, sums, rows, zero) -> None:  # noqa: ANN001
     """Add one lookup to every row's sum; a row's codes are `width` bytes apart."""
     for _ in range(rows):
-        store(sums, add(load(sums, zero), _look_up(table, 0, load_bits(codes, 8), zero)))
+        entry = table + _FLOAT * lanes_of(zero) * load_bits(codes, 8)
+        store(sums, add(load(sums, zero), load(entry, zero)))
         codes += width
         sums += _FLOAT * lanes_of(zero)
 
 
 @njit(**OPTIONS)
-def _finish(f, zero, chunks, part, start, rows) -> None:  # noqa: ANN001
-    """Add the chunks' sums of some rows in order, scale, add the bias, write y [M, O]."""
-    entry_bytes, outputs = _FLOAT * lanes_of(zero), f[_ROWS] * f[_OUT_GROUP]
-    for row in range(start, start + rows):
-        sums = f[_SUMS] + (part * f[_ROWS] + row) * entry_bytes
-        total = zero
-        for chunk in range(chunks):
-            total = add(total, load(sums + chunk * outputs * entry_bytes, zero))
-        store(sums, total)
-        output = row * f[_OUT_GROUP] + part
-        bias = float_at(f[_BIAS] + _FLOAT * output) if f[_BIAS] else np.float32(0)
-        for token in range(f[_TOKENS]):
-            value = float_at(sums + _FLOAT * token) * float_at(f[_SCALES] + _FLOAT * row) + bias
-            store_float(f[_Y] + _FLOAT * (token * outputs + output), value)
+def _finish_items(f, digest) -> None:  # noqa: ANN001, ARG001
+    address, lanes = address_of(f), f[_LANES]
+    chunks = (f[_COLUMNS] + f[_CHUNK] - 1) // f[_CHUNK]
+    item = fetch_add(address + 8 * NEXT_ITEM)
+    while item < f[ITEMS]:
+        start = item * _FINISH_ROWS
+        rows = min(_FINISH_ROWS, f[_ROWS] - start)
+        for part in range(f[_OUT_GROUP]):
+            sums = f[_SUMS] + (part * f[_ROWS] + start) * lanes * _FLOAT
+            _add_chunks(sums, f[_OUT_GROUP] * f[_ROWS] * lanes * _FLOAT, chunks, rows * lanes)
+            _write(f, sums, lanes, part, start, rows)
+        item = fetch_add(address + 8 * NEXT_ITEM)
+
+
+@njit(**OPTIONS)
+def _add_chunks(sums, chunk_bytes, chunks, count) -> None:  # noqa: ANN001
+    """Add `count` sums of the other chunks to those of the first, in order."""
+    whole = count // 16 * 16
+    for i in range(0, whole, 16):
+        total = load(sums + i * _FLOAT, zeros(16))
+        for chunk in range(1, chunks):
+            total = add(total, load(sums + chunk * chunk_bytes + i * _FLOAT, total))
+        store(sums + i * _FLOAT, total)
+    for i in range(whole, count):
+        total = float_at(sums + i * _FLOAT)
+        for chunk in range(1, chunks):
+            total += float_at(sums + chunk * chunk_bytes + i * _FLOAT)
+        store_float(sums + i * _FLOAT, total)
+
+
+@njit(**OPTIONS)
+def _write(f, sums, lanes, part, start, rows) -> None:  # noqa: ANN001
+    """y [M, O] = sums [row][lane] times the rows' scales, plus bias."""
+    outputs, out_group = f[_ROWS] * f[_OUT_GROUP], f[_OUT_GROUP]
+    for token in range(f[_TOKENS]):
+        y = f[_Y] + _FLOAT * token * outputs
+        for row in range(rows):
+            output = (start + row) * out_group + part
+            value = float_at(sums + _FLOAT * (row * lanes + token)) * float_at(f[_SCALES] + _FLOAT * (start + row))
+            bias = float_at(f[_BIAS] + _FLOAT * output) if f[_BIAS] else np.float32(0)
+            store_float(y + _FLOAT * output, value + bias)

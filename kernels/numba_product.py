@@ -66,7 +66,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x [M, I] times the transposed weight plus bias [O] (float32): [M, O] in float32."""
     out_features, in_features = weight.shape
     tokens = x.shape[0]
-    tile_rows, tile_tokens = _tile()
+    tile_rows, tile_tokens = _tile(tokens <= 2)
     x = _padded(x, tile_tokens, _LANES)
     y = torch.empty(tokens, out_features, dtype=torch.float32)
     group = weight.books.shape[-1]
@@ -79,7 +79,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         x.data_ptr(), x.stride(0), y.data_ptr(), out_features, tokens, 0 if bias is None else bias.data_ptr(),
         scratch.data_ptr(), out_features, in_features // group, chunk, width,
     )  # fmt: skip
-    run(_forward_kernel(weight.codes.element_size() == 2), weight.frame(items, *fields), threads)
+    run(_forward_kernel(weight.codes.element_size() == 2, tokens <= 2), weight.frame(items, *fields), threads)
     return y
 
 
@@ -87,7 +87,7 @@ def product_input_grad(grad: Tensor, weight: Weight) -> Tensor:
     """Grad [M, O] times the weight: [M, I] in float32."""
     out_features, in_features = weight.shape
     tokens = grad.shape[0]
-    tile_columns, tile_tokens = _tile()
+    tile_columns, tile_tokens = _tile(False)
     grad = _padded(grad, tile_tokens, 1)
     group = weight.books.shape[-1]
     step = math.lcm(group, 4 * _LANES)  # columns: whole groups and whole tiles of at most 4 vectors
@@ -111,16 +111,21 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @functools.cache
-def _tile() -> tuple[int, int]:
-    """(weight vectors, tokens) whose sums fill 24 of 32 registers with AVX-512 and on ARM, 12 of 16 with AVX2."""
+def _tile(few: bool) -> tuple[int, int]:
+    """(weight vectors, tokens) per tile of sums; a compiled variant for `few` tokens (at most 2) and one for more.
+
+    The tile for more fills 24 of 32 registers with AVX-512 and on ARM, and 12 of 16 with AVX2.
+    """
+    if few:
+        return 4, 2
     return (4, 6) if binding.get_host_cpu_features().get("avx512f") else (2, 3)
 
 
 @functools.cache
-def _forward_kernel(wide: bool) -> CFunc:
+def _forward_kernel(wide: bool, few: bool) -> CFunc:
     """The compiled forward product for 8-bit or (wide) 16-bit codes."""
     digest = source_digest()
-    rows, tokens = _tile()
+    rows, tokens = _tile(few)
     sums = rows * tokens
 
     def kernel(f) -> None:  # noqa: ANN001
@@ -133,7 +138,7 @@ def _forward_kernel(wide: bool) -> CFunc:
 def _grad_kernel(wide: bool) -> CFunc:
     """The compiled gradient product for 8-bit or (wide) 16-bit codes."""
     digest = source_digest()
-    columns, tokens = _tile()
+    columns, tokens = _tile(False)
     sums = columns * tokens
 
     def kernel(f) -> None:  # noqa: ANN001

@@ -15,9 +15,11 @@ __all__ = [
     "VectorType",
     "add",
     "address_of",
+    "eight_of",
     "fetch_add",
     "float_at",
     "fma",
+    "inner_fma",
     "lanes_of",
     "load",
     "load_bits",
@@ -133,7 +135,7 @@ def store_float(typingctx, address, value):  # noqa: ANN001, ANN201, ARG001
 
 @intrinsic(prefer_literal=True)
 def load_bits(typingctx, address, bits):  # noqa: ANN001, ANN201, ARG001
-    """The unsigned integer of 8, 16 or 64 `bits` (a constant) at an address, as int64.
+    """The unsigned integer of 8, 16 or 32 `bits` (a constant) at an address, as int64.
 
     The load is volatile: LLVM's loop vectoriser leaves a loop with such a load alone, which is the point.
     """
@@ -142,7 +144,7 @@ def load_bits(typingctx, address, bits):  # noqa: ANN001, ANN201, ARG001
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         value = builder.load(_pointer(builder, args[0], stored), align=1)
         value.volatile = True
-        return value if stored.width == 64 else builder.zext(value, ir.IntType(64))
+        return builder.zext(value, ir.IntType(64))
 
     return types.int64(types.int64, bits), codegen
 
@@ -231,6 +233,18 @@ def _strided(builder: Any, address: Any, stride: Any, count: int) -> list[Any]:
 
 
 @intrinsic
+def eight_of(typingctx, vector):  # noqa: ANN001, ANN201, ARG001
+    """A tuple of eight zero vectors of the type of `vector`."""
+    vectors = types.UniTuple(vector, 8)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        zero = ir.Constant(context.get_value_type(vector), None)
+        return context.make_tuple(builder, vectors, [zero] * 8)
+
+    return vectors(vector), codegen
+
+
+@intrinsic
 def load_each(typingctx, address, stride, like):  # noqa: ANN001, ANN201, ARG001
     """The tuple, of the type of `like`, of vectors that lie `stride` bytes apart."""
 
@@ -268,6 +282,20 @@ def store_each(typingctx, address, stride, vectors):  # noqa: ANN001, ANN201, AR
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, vectors), codegen
+
+
+@intrinsic
+def inner_fma(typingctx, total, a, b):  # noqa: ANN001, ANN201, ARG001
+    """total + a[0] * b[0] + a[1] * b[1] + ... for tuples of vectors, in that order."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        result = args[0]
+        lefts, rights = (cgutils.unpack_tuple(builder, arg) for arg in args[1:])
+        for left, right in zip(lefts, rights, strict=True):
+            result = _fma(builder, left, right, result)
+        return result
+
+    return total(total, a, b), codegen
 
 
 @intrinsic

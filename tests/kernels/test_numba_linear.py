@@ -1,15 +1,11 @@
 """The Numba kernels, each path called directly, against the numerics contract."""
 
-import pytest
-import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from aqlm_tensor.kernels import numba_linear
 from aqlm_tensor.kernels.numba_decode import Weight
 from aqlm_tensor.kernels.numba_lookup import lookup_linear
 from aqlm_tensor.kernels.numba_product import product
-from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear
 from tests.strategies import Case, build, cases, schemes
 
