@@ -97,7 +97,6 @@ class AQLMTensor(TorchAOBaseTensor):
         super().__init__()
 
     @classmethod
-    @torch.compiler.disable
     def from_hp(
         cls,
         weight: Tensor,
@@ -128,8 +127,8 @@ class AQLMTensor(TorchAOBaseTensor):
         from aqlm_tensor.quantizer.solver import SolverConfig
 
         dtype = codebook_dtype or weight.dtype
-        result = quantize_layer(
-            weight,
+        result = torch.compiler.disable(quantize_layer)(
+            weight,  # pyright: ignore[reportCallIssue] - typed as a decorator only
             AQLMScheme.parse(scheme),
             hessian=hessian,
             solver=solver or SolverConfig(),
@@ -183,7 +182,7 @@ class AQLMTensor(TorchAOBaseTensor):
         """Forget what kernels derived from the codes; needed only after writing to `codes.data` behind torch's back."""
         registry.invalidate(self.codes)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept False only: a gradient to the packed weight as a whole does not exist.
 
         Raises:

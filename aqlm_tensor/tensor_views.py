@@ -35,8 +35,7 @@ def _slice(w: AQLMTensor, dim: int, start: int, stop: int, step: int = 1) -> AQL
     axis = _axis(w, dim)
     scheme = w.scheme
     if axis == "expert":
-        parts = tuple(part[start:stop:step] for part in w.parts())
-        return AQLMTensor(*parts, w.orientation)
+        return w._apply_fn_to_data(lambda part: part[start:stop:step])
     group = scheme.out_group_size if axis == "out" else scheme.in_group_size
     if start % group or stop % group or step != 1:
         raise ValueError(
@@ -99,7 +98,7 @@ def _bounds(size: int, start: int | None, stop: int | None) -> tuple[int, int]:
 
 
 @implements(aten.slice.Tensor)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w, dim, start, stop, step = bind(("self", "dim", "start", "end", "step"), args, kwargs)
     dim = dim or 0
     first, last = _bounds(w.shape[dim], start, stop)
@@ -107,14 +106,14 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
 
 
 @implements(aten.select.int)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w, dim, index = args
     if not -w.shape[dim] <= index < w.shape[dim]:
         raise IndexError(f"index {index} is out of range for dimension {dim} of size {w.shape[dim]}")
     index %= w.shape[dim]
     axis = _axis(w, dim)
     if axis == "expert":
-        out = AQLMTensor(*(part.select(0, index) for part in w.parts()), w.orientation)
+        out = w._apply_fn_to_data(lambda part: part.select(0, index))
     elif axis == "out" and w.dim() == 2 and w.scheme.out_group_size == 1:
         out = AQLMTensor(*_slice(w, dim, index, index + 1).parts(), "row")
     else:
@@ -123,7 +122,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
 
 
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> list[AQLMTensor]:
     w, sizes, dim = bind(("self", "split_size", "dim"), args, kwargs)
     dim = dim or 0
     total = w.shape[dim]
@@ -138,13 +137,13 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]
 
 
 @implements(aten.unbind.int)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> list[AQLMTensor]:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> list[AQLMTensor]:
     w, dim = bind(("self", "dim"), args, kwargs)
     return [aten.select.int(w, dim or 0, index) for index in range(w.shape[dim or 0])]
 
 
 @implements([aten.t.default, aten.transpose.int, aten.permute.default])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w = args[0]
     axes = list(range(w.dim()))
     if func is aten.permute.default:
@@ -154,7 +153,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
         axes[a], axes[b] = axes[b], axes[a]
     identity = list(range(w.dim()))
     if axes == identity:
-        out = AQLMTensor(*w.parts(), w.orientation)
+        out = w._apply_fn_to_data(lambda part: part)
     elif axes == [*identity[:-2], identity[-1], identity[-2]]:
         out = transposed(w)
     else:
@@ -163,13 +162,13 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
 
 
 @implements([aten.view.default, aten._unsafe_view.default])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w, shape = args[0], list(args[1])
     if shape.count(-1) == 1:
         known = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = w.numel() // known if known else 0
     if tuple(shape) == tuple(w.shape):
-        out = AQLMTensor(*w.parts(), w.orientation)
+        out = w._apply_fn_to_data(lambda part: part)
     elif w.orientation == "row" and shape == [1, *w.shape]:
         out = AQLMTensor(*w.parts())
     else:
@@ -178,25 +177,22 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
 
 
 @implements(aten.unsqueeze.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w, dim = args
     if dim not in (0, -w.dim() - 1) or w.dim() == 3:
         raise ValueError(f"cannot unsqueeze dimension {dim} of an AQLMTensor of shape {tuple(w.shape)}: {REMEDY}")
-    if w.orientation == "row":
-        out = AQLMTensor(*w.parts())
-    else:
-        out = AQLMTensor(*(part.unsqueeze(0) for part in w.parts()), w.orientation)
+    out = AQLMTensor(*w.parts()) if w.orientation == "row" else w._apply_fn_to_data(lambda part: part.unsqueeze(0))
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 @implements(aten.stack.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     tensors, dim = bind(("tensors", "dim"), args, kwargs)
     return aten.cat.default([aten.unsqueeze.default(w, dim or 0) for w in tensors], dim or 0)
 
 
 @implements(aten.cat.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     tensors, dim = bind(("tensors", "dim"), args, kwargs)
     return _cat(tensors, dim or 0)
 
@@ -229,7 +225,7 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> AQLMTensor:
 
 
 @implements([aten._to_copy.default, aten.to.dtype_layout])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     w = args[0]
     kwargs = {name: value for name, value in kwargs.items() if name not in ("layout", "memory_format", "copy")}
     target = w._get_to_kwargs(*args[1:], **kwargs)
@@ -261,7 +257,7 @@ def _refuse_shared(w: AQLMTensor, source: AQLMTensor) -> None:
 
 
 @implements(aten.copy_.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     w, source, non_blocking = bind(("self", "src", "non_blocking"), args, kwargs)
     if not isinstance(w, AQLMTensor) or not isinstance(source, AQLMTensor):
         raise TypeError(
@@ -290,12 +286,12 @@ def _new(w: AQLMTensor, shape: Sequence[int], kwargs: dict, make: Callable[..., 
 
 
 @implements([aten.new_zeros.default, aten.zeros_like.default])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Tensor:
     return _new(args[0], args[1] if len(args) > 1 else args[0].shape, kwargs, Tensor.new_zeros)
 
 
 @implements([aten.new_empty.default, aten.empty_like.default])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Tensor:
     if len(args) == 1 and isinstance(args[0], AQLMTensor):
         w = args[0]  # the same structure, partitions and orientation included
         options = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
@@ -310,23 +306,23 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 @implements(aten._pin_memory.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> AQLMTensor:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     w = args[0]
-    return AQLMTensor(*(part.pin_memory() for part in w.parts()), w.orientation)
+    return w._apply_fn_to_data(Tensor.pin_memory)
 
 
 @implements(aten.is_pinned.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> bool:
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> bool:
     return all(part.is_pinned() for part in args[0].parts())
 
 
-@implements_torch_function(torch.Tensor.requires_grad.__set__)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> None:
+@implements_torch_function(vars(torch._C.TensorBase)["requires_grad"].__set__)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
     args[0].requires_grad_(args[1])
 
 
-@implements_torch_function(torch.Tensor.data.__set__)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> None:
+@implements_torch_function(vars(torch._C.TensorBase)["data"].__set__)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
     w, new = args
     if not isinstance(new, AQLMTensor):
         raise TypeError("the data of an AQLMTensor can only be replaced by another one: quantize with `from_hp` first")

@@ -37,8 +37,6 @@ FORWARD: dict[str, tuple[Callable[[Tensor, AQLMTensor, Tensor], Tensor], bool]] 
     "addmm": (lambda x, w, b: torch.addmm(b, x, w.t()), True),
     "addmm 2-D base": (lambda x, w, b: torch.addmm(b.expand(len(x), -1).contiguous(), x, w.t()), True),
     "addmm left": (lambda x, w, b: torch.addmm(b[:, None], w, x.t()).t(), True),
-    "inner": (lambda x, w, b: torch.inner(x, w), False),
-    "tensordot": (lambda x, w, b: torch.tensordot(x, w, dims=([1], [1])), False),
     "bmm": (lambda x, w, b: torch.bmm(x[None], w[None].mT)[0], False),
     "bmm left": (lambda x, w, b: torch.bmm(w[None], x.t()[None])[0].t(), False),
     "baddbmm": (lambda x, w, b: torch.baddbmm(b.expand(1, 1, -1), x[None], w[None].mT)[0], True),
@@ -223,3 +221,18 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 def test_refuses(error: type[Exception], message: str, call: Callable[[], object]) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_products_that_torch_makes_of_others() -> None:
+    w, x = random_weight(), torch.randn(3, 64)
+    _close(torch.inner(x, w), x @ w.dequantize().t())
+    _close(torch.tensordot(x, w.t(), dims=1), x @ w.dequantize().t())
+    _close(torch.linalg.multi_dot([x, w.t(), torch.eye(32)]), x @ w.dequantize().t())
+    attention = F.multi_head_attention_forward
+    qkv, out = random_weight(out_features=192), torch.eye(64)
+    q = torch.randn(5, 1, 64)
+    results = [
+        attention(q, q, q, 64, 4, weight, None, None, None, False, 0.0, out, None)[0]
+        for weight in (qkv, qkv.dequantize())
+    ]
+    _close(*results)

@@ -1,12 +1,13 @@
 """AQLM weights for tests of the tensor."""
 
 import torch
+from torch import nn
 
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
 from tests.strategies import random_parts
 
-__all__ = ["random_weight"]
+__all__ = ["as_aqlm", "random_weight", "weight_of"]
 
 
 def random_weight(
@@ -28,3 +29,15 @@ def random_weight(
         return AQLMTensor(*each[0])
     codes, codebooks, scales = (torch.stack(parts) for parts in zip(*each, strict=True))
     return AQLMTensor(codes, codebooks, scales)
+
+
+def as_aqlm(tensor: object) -> AQLMTensor:
+    """The argument, which must be an AQLMTensor."""
+    assert isinstance(tensor, AQLMTensor), type(tensor)
+    return tensor
+
+
+def weight_of(module: object) -> AQLMTensor:
+    """The AQLM weight of an nn.Linear."""
+    assert isinstance(module, nn.Linear)
+    return as_aqlm(module.weight)

@@ -1,0 +1,258 @@
+"""Copies, casts, serialization and state_dicts of AQLMTensors and of modules that hold them."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aqlm_tensor.tensor import AQLMTensor
+from tests.tensor.weights import as_aqlm, random_weight, weight_of
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+VIEWS: dict[str, Callable[[], AQLMTensor]] = {
+    "matrix": random_weight,
+    "bfloat16": lambda: random_weight(dtype=torch.bfloat16),
+    "int16 codes": lambda: random_weight("1x12g8"),
+    "partitions": lambda: random_weight(partitions=4),
+    "transposed": lambda: as_aqlm(random_weight().t()),
+    "row": lambda: as_aqlm(random_weight()[3]),
+    "slice": lambda: as_aqlm(random_weight(partitions=4)[8:24, 16:32]),
+    "experts": lambda: random_weight(experts=3),
+}
+every_view = pytest.mark.parametrize("make", VIEWS.values(), ids=VIEWS)
+
+
+def _linear(seed: int = 0) -> nn.Linear:
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    linear.weight = nn.Parameter(random_weight(seed=seed), requires_grad=False)
+    return linear
+
+
+def _assert_same(a: object, b: AQLMTensor, *, shared: bool = False) -> None:
+    assert isinstance(a, AQLMTensor)
+    assert (a.shape, a.dtype, a.orientation) == (b.shape, b.dtype, b.orientation)
+    for mine, yours in zip(a.parts(), b.parts(), strict=True):
+        assert torch.equal(mine, yours)
+        assert (mine.data_ptr() == yours.data_ptr()) is shared
+
+
+def _saved(obj: object, *, weights_only: bool = True) -> Any:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=weights_only)
+
+
+@every_view
+def test_copies_are_independent_and_equal(make: Callable[[], AQLMTensor]) -> None:
+    w = make()
+    for duplicate in (w.clone(), copy.deepcopy(w), pickle.loads(pickle.dumps(w)), _saved(w), w.to("cpu", copy=True)):
+        _assert_same(duplicate, w)
+    _assert_same(copy.copy(w), w, shared=True)
+    _assert_same(w.detach(), w, shared=True)
+    assert w.to("cpu") is w
+    assert w.to(w.dtype) is w
+
+
+def test_parameters_stay_parameters() -> None:
+    p = nn.Parameter(random_weight(), requires_grad=False)
+    for duplicate in (copy.deepcopy(p), _saved(p), pickle.loads(pickle.dumps(p))):
+        assert isinstance(duplicate, nn.Parameter)
+        assert not duplicate.requires_grad
+        _assert_same(duplicate, random_weight())
+    module = _linear()
+    assert isinstance(copy.deepcopy(module).weight, nn.Parameter)
+    saved = _saved(module, weights_only=False)
+    assert isinstance(saved, nn.Linear)
+    assert torch.equal(saved(X), module(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_casts(dtype: torch.dtype) -> None:
+    w = random_weight()
+    cast = AQLMTensor(w.codes, w.codebooks.to(dtype), w.scales.to(dtype))
+    like = torch.zeros(1, dtype=dtype)
+    for other in (w.to(dtype), w.to("cpu", dtype), w.to(like), w.type(dtype), w.type_as(like)):
+        assert other.dtype == dtype
+        assert torch.equal(as_aqlm(other).dequantize(), cast.dequantize())
+    module = _linear().to(dtype)
+    assert module.weight.dtype == dtype
+    assert module(X.to(dtype)).dtype == dtype
+    assert w.dtype == torch.float32, "the original changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"cast to float32, float16 or bfloat16, not {dtype}"):
+        random_weight().to(dtype)
+
+
+def test_swapping_parameters_on_conversion() -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = _linear()
+        weight = module.weight
+        module.to(torch.bfloat16)
+        assert module.weight is weight
+        assert module(X.bfloat16()).dtype == torch.bfloat16
+        module.load_state_dict(_linear(seed=3).bfloat16().state_dict())
+        assert torch.equal(weight_of(module).dequantize(), weight_of(_linear(seed=3).bfloat16()).dequantize())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    a, b = random_weight(seed=1), as_aqlm(random_weight(seed=2).t())
+    torch.utils.swap_tensors(a, b)
+    _assert_same(b, random_weight(seed=1))
+    _assert_same(a, as_aqlm(random_weight(seed=2).t()))
+
+
+def test_data_can_be_replaced() -> None:
+    p = nn.Parameter(random_weight(), requires_grad=False)
+    new = random_weight(seed=1)
+    p.data = new
+    assert torch.equal(F.linear(X, p), F.linear(X, new))
+    with pytest.raises(TypeError, match="can only be replaced by another one"):
+        p.data = torch.zeros(32, 64)
+
+
+def test_copy_into() -> None:
+    w, other = random_weight(), random_weight(seed=1)
+    codes = w.codes
+    assert w.copy_(other) is w
+    assert w.codes is codes
+    _assert_same(w, other)
+    w.copy_(random_weight(seed=2, dtype=torch.float16))
+    assert w.dtype == torch.float32
+    for dense in (torch.zeros(32, 64), torch.zeros(64)):
+        with pytest.raises(TypeError, match="quantize the source"):
+            w.copy_(dense)
+        with pytest.raises(TypeError, match=r"`\.dequantize\(\)` to copy out"):
+            dense.copy_(w)
+    with pytest.raises(ValueError, match="same scheme and shape"):
+        w.copy_(random_weight("1x8g8"))
+
+
+def test_state_dict_round_trips(tmp_path: Path) -> None:
+    source, file = _linear(seed=1), tmp_path / "model.pt"
+    state = source.state_dict()
+    assert state["weight"].codes.data_ptr() == weight_of(source).codes.data_ptr()
+    torch.save(state, file)
+    for loaded in (state, torch.load(file, weights_only=True), torch.load(file, weights_only=True, mmap=True)):
+        for assign in (False, True):
+            target = _linear(seed=2)
+            assert not any(target.load_state_dict(loaded, assign=assign))
+            assert torch.equal(target(X), source(X))
+    fresh = nn.Linear(64, 32).requires_grad_(False)
+    fresh.load_state_dict(state, assign=True)
+    assert torch.equal(fresh(X), source(X))
+
+
+def test_state_dict_errors_name_the_cause() -> None:
+    target = _linear()
+    for weight, message in (
+        (random_weight(out_features=16), "size mismatch for weight"),
+        (random_weight("1x8g8"), "same scheme and shape"),
+        (torch.zeros(32, 64), "quantize the source with `AQLMTensor.from_hp`"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            target.load_state_dict({"weight": weight, "bias": torch.zeros(32)})
+    with pytest.raises(RuntimeError, match="requires_grad_\\(False\\)"):
+        nn.Linear(64, 32).load_state_dict(target.state_dict(), assign=True)
+
+
+def test_forward_does_not_change_the_state_dict() -> None:
+    module = _linear()
+    before = [part.clone() for part in weight_of(module).parts()]
+    module(X)
+    module(X.requires_grad_()).sum().backward()
+    X.requires_grad_(False)
+    assert all(torch.equal(a, b) for a, b in zip(before, weight_of(module).parts(), strict=True))
+
+
+def test_shared_weights_stay_shared() -> None:
+    module = nn.ModuleList([_linear(), nn.Linear(64, 32)])
+    module[1].weight = weight_of(module[0])  # nn.Parameter by way of nn.Linear
+    for other in (copy.deepcopy(module), copy.deepcopy(module).to(torch.bfloat16), _saved(module, weights_only=False)):
+        assert weight_of(other[0]) is weight_of(other[1])
+    a = random_weight()
+    b = AQLMTensor(random_weight(seed=2).codes, a.codebooks, a.scales)
+    loaded = _saved([a, b])
+    assert loaded[0].codebooks.data_ptr() == loaded[1].codebooks.data_ptr()
+
+
+def test_meta_and_back() -> None:
+    module = _linear().to("meta")
+    assert weight_of(module).codes.is_meta
+    module.to_empty(device="cpu")
+    assert weight_of(module).codes.device.type == "cpu"
+    module.load_state_dict(_linear(seed=1).state_dict())
+    assert torch.equal(module(X), nn.functional.linear(X, random_weight(seed=1), module.bias))
+    with pytest.raises(NotImplementedError, match="meta"):
+        _linear().to("meta").to("cpu")
+
+
+@every_view
+def test_empty_like_keeps_the_structure(make: Callable[[], AQLMTensor]) -> None:
+    w = make()
+    empty = torch.empty_like(w)
+    assert isinstance(empty, AQLMTensor)
+    assert (empty.shape, empty.dtype, empty.orientation) == (w.shape, w.dtype, w.orientation)
+    assert [part.shape for part in empty.parts()] == [part.shape for part in w.parts()]
+    assert torch.empty_like(w, dtype=torch.float16).dtype == torch.float16
+    assert torch.empty_like(w, device="meta").is_meta
+
+
+def test_new_tensors() -> None:
+    w = random_weight()
+    for same in (w.new_zeros(16, 128), torch.zeros_like(w), w.new_zeros(8, 8, dtype=torch.bfloat16)):
+        assert isinstance(same, AQLMTensor)
+        assert same.scheme == w.scheme
+        assert not same.dequantize().any()
+    for dense in (
+        w.new_zeros(5),
+        w.new_zeros(3, 7),
+        w.new_zeros(32, 64, dtype=torch.float64),
+        w.new_zeros((32, 64), dtype=torch.int64),
+        torch.zeros_like(w, dtype=torch.int64),
+        w.new_empty(2, 2),
+    ):
+        assert type(dense) is Tensor
+    assert w.new_empty(32, 64).shape == (32, 64)
+    assert w.new_zeros(32, 64, device="meta").is_meta
+    assert not w.is_pinned()
+
+
+def test_shared_memory_reaches_another_process() -> None:
+    w = random_weight()
+    w.share_memory_()
+    assert all(part.is_shared() for part in w.parts())
+    program = (
+        "import pickle, sys, torch\n"
+        "import aqlm_tensor.tensor\n"
+        "w = pickle.load(sys.stdin.buffer)\n"
+        "print(w.dequantize().double().sum().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], input=pickle.dumps(w), capture_output=True, check=True, timeout=120
+    )
+    assert float(done.stdout.decode().splitlines()[-1]) == w.dequantize().double().sum().item()
+
+
+def test_optimizers_leave_it_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), _linear())
+    before = weight_of(model[1]).dequantize()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(X).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert torch.equal(weight_of(model[1]).dequantize(), before)
