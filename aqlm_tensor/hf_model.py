@@ -132,7 +132,7 @@ def _load_dense(source: ModelSource, dtype: Any, options: dict[str, Any]) -> Any
 
     if dtype == "auto" and source.kind == "gguf":
         dtype = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
     if source.kind == "gguf":  # it was dequantized: the model is dense from here on
         _forget_quantization(model.config)
         model.hf_quantizer = None

