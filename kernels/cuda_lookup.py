@@ -1,0 +1,300 @@
+"""1 to 64 tokens on NVIDIA GPUs: weights looked up from shared memory straight into tensor-core fragments.
+
+For schemes of one, two or four codebooks of up to 256 entries over groups of 8 inputs (1x8g8, 2x8g8, 4x8g8). The
+weight is never stored: one launch reads the codes once and is bound by the lookups (16 bytes of shared memory each) up
+to some 16 tokens, by reading x and the tensor cores at 64. `cuda/lookup_linear.cu` describes the kernel; its variant
+and launch shape are chosen here, by arithmetic on the shape and the device's properties alone.
+"""
+
+import functools
+import math
+import struct
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.registry import Problem
+
+__all__ = [
+    "MAX_TOKENS",
+    "Plan",
+    "Shape",
+    "Variant",
+    "choose_plan",
+    "linear",
+    "plan_with",
+    "run_plan",
+    "supports",
+    "variant_defines",
+]
+
+MAX_TOKENS = 64
+_SOURCE = "lookup_linear.cu"
+_PARAMS = struct.Struct("7Q2q8i")
+_FINISH_PARAMS = struct.Struct("4Q2qi4x")
+_FINISH_THREADS = 256
+_ROWS_PER_TILE = 16
+_L2_BYTES_PER_CYCLE = 20  # of one multiprocessor while the codes stream in, measured on one H100
+# Keeping all of x staged must leave room in L1, which has the rest of the shared memory, for the loads in flight: with
+# less than 60 KB of it 8 tokens of 8192 x 28672 took 59 us instead of 51 (one H100).
+_SHARED_SHARE = 0.7
+_BATCH_CYCLES = 600  # barriers and refilling the pipeline, once per batch of tiles
+_SPLIT_CYCLES = 4000  # the second launch of a split sum
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time shape of the kernel, see the constants in ``lookup_linear.cu``."""
+
+    token_tiles: int
+    warps: int
+    row_tiles: int
+    row_warps: int
+    groups_per_lane: int
+    copies: int = 8
+
+    @property
+    def k_warps(self) -> int:
+        """Warps that take different superblocks."""
+        return self.warps // self.row_warps
+
+    @property
+    def batch(self) -> int:
+        """Row tiles one block accumulates at once."""
+        return self.row_tiles * self.row_warps
+
+    def sum_bytes(self, tokens: int) -> int:
+        """Shared memory in which the k warps' accumulators are added."""
+        tiles_per_round = max(1, self.row_tiles // self.token_tiles)
+        return self.k_warps * tokens * (_ROWS_PER_TILE * tiles_per_round * self.row_warps + 4) * 4
+
+
+VARIANTS = (
+    Variant(1, 8, 4, 1, 8),
+    Variant(2, 8, 4, 2, 8),
+    Variant(4, 8, 4, 2, 4),
+    Variant(8, 8, 2, 4, 8),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is shaped: grid, staged superblocks of x per k warp, dynamic shared memory."""
+
+    variant: Variant
+    grid: tuple[int, int, int]
+    slots: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan depends on: codebooks, bits of a code, tokens, rows and groups of one of the equal row partitions."""
+
+    books: int
+    nbits: int
+    tokens: int
+    rows: int
+    groups: int
+    partitions: int
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this kernel cannot run a problem, or None if it can."""
+    scheme = problem.scheme
+    if problem.op != "linear":
+        return "computes linear only"
+    if scheme.in_group_size != 8 or scheme.out_group_size != 1:
+        return f"needs groups of 8 inputs and 1 output, not {scheme}"
+    if scheme.num_codebooks not in (1, 2, 4) or scheme.nbits_per_codebook > 8:
+        return f"needs 1, 2 or 4 codebooks of at most 8 bits, not {scheme}"
+    if not 1 <= problem.rows <= MAX_TOKENS:
+        return f"runs 1 to {MAX_TOKENS} rows of x, not {problem.rows}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, not {problem.dtype}"
+    return cuda_runtime.why_not_on(problem.device, problem.dtype)
+
+
+def _cycles(shape: Shape, variant: Variant, splits: int, grid_x: int) -> float:
+    """Estimated time of one block: its lookups and staged reads, tensor-core work or traffic, whichever is longest."""
+    per_lane = variant.groups_per_lane
+    tiles = math.ceil(math.ceil(shape.rows / _ROWS_PER_TILE) / grid_x)
+    batches = math.ceil(tiles / variant.batch)
+    superblocks = math.ceil(math.ceil(shape.groups / (4 * per_lane)) / splits)
+    steps = math.ceil(superblocks / variant.k_warps) * variant.k_warps * per_lane
+    token_tiles = variant.token_tiles
+    shared = steps * (tiles * 8 * shape.books + math.ceil(tiles / variant.row_tiles) * 4 * token_tiles)
+    tensor = steps * tiles * 2 * token_tiles * 1.7
+    staged = batches * superblocks * per_lane * 4 * 16 * shape.tokens / _L2_BYTES_PER_CYCLE
+    sums = 2 * variant.k_warps * tiles * 16 * shape.tokens / 32
+    cycles = max(shared, tensor, staged) + sums + batches * _BATCH_CYCLES
+    return cycles + (_SPLIT_CYCLES + splits * tiles * shape.tokens if splits > 1 else 0)
+
+
+def _fit(shape: Shape, variant: Variant, superblocks: int, limit: int) -> tuple[int, int] | None:
+    """Slots of staged x and bytes of shared memory, or None if the variant does not fit."""
+    row_bytes = 16 * variant.copies * (2 if variant.copies == 8 or shape.books > 1 else 1)
+    fixed = math.ceil(shape.books / 2) * (row_bytes << shape.nbits) + variant.sum_bytes(shape.tokens)
+    slot = variant.k_warps * variant.token_tiles * 8 * 4 * variant.groups_per_lane * 16
+    wanted = max(1, math.ceil(superblocks / variant.k_warps))
+    if fixed + wanted * slot <= limit * _SHARED_SHARE:
+        return wanted, fixed + wanted * slot
+    slots = min(wanted, 2)
+    return (slots, fixed + slots * slot) if fixed + slots * slot <= limit else None
+
+
+def plan_with(shape: Shape, variant: Variant, processors: int, limit: int) -> Plan | None:
+    """The best launch shape for a variant on a device, or None if it needs more shared memory than `limit`."""
+    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    per_lane = variant.groups_per_lane
+    superblocks = math.ceil(shape.groups / (4 * per_lane))
+    best: tuple[float, Plan] | None = None
+    for splits in (1, 2, 4, 8, 16):
+        if splits > max(1, superblocks // variant.k_warps):
+            break
+        grid_x = min(tiles, max(1, processors // (splits * shape.partitions)))
+        fit = _fit(shape, variant, math.ceil(superblocks / splits), limit)
+        if fit is None:
+            if splits == 1:
+                return None
+            continue
+        cycles = _cycles(shape, variant, splits, grid_x)
+        if best is None or cycles < best[0]:
+            best = cycles, Plan(variant, (grid_x, splits, shape.partitions), *fit)
+    return best[1] if best else None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(shape: Shape, processors: int, limit: int) -> Plan | None:
+    """The plan for a shape; None if no variant fits, so that the tokens must be split over several launches.
+
+    Devices with less shared memory than Hopper's get fewer copies of the codebooks, then fewer warps.
+    """
+    variant = next(v for v in VARIANTS if v.token_tiles * 8 >= shape.tokens)
+    variant = replace(variant, groups_per_lane=min(variant.groups_per_lane, 16 // shape.books))
+    for copies in (8, 4, 2, 1):
+        for warps in (variant.warps, variant.warps // 2):
+            if warps >= variant.row_warps:
+                plan = plan_with(shape, replace(variant, copies=copies, warps=warps), processors, limit)
+                if plan is not None:
+                    return plan
+    return None
+
+
+def variant_defines(shape: Shape, plan: Plan, dtype: torch.dtype, aligned: bool) -> tuple[tuple[str, int], ...]:
+    """The compile-time constants of the kernel for a plan; `aligned` if lanes can load their codes as whole vectors."""
+    variant = plan.variant
+    return (
+        ("NUM_BOOKS", shape.books),
+        ("NBITS", shape.nbits),
+        ("DTYPE_BF16", int(dtype == torch.bfloat16)),
+        ("WARPS", variant.warps),
+        ("ROW_TILES", variant.row_tiles),
+        ("TOKEN_TILES", variant.token_tiles),
+        ("ROW_WARPS", variant.row_warps),
+        ("GROUPS_PER_LANE", plan.variant.groups_per_lane),
+        ("COPIES", variant.copies),
+        ("ALIGNED", int(aligned)),
+    )
+
+
+def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.t() + bias`` for the weight W that the codes stand for.
+
+    Args:
+        x: [tokens, in_features], 1 to 64 tokens, float16 or bfloat16.
+        codes: [out_features, in_features / 8, K] int8.
+        codebooks: [K, 2^N, 1, 8], or [P, K, 2^N, 1, 8] for P equal row partitions; dtype of x.
+        scales: [out_features, 1, 1, 1], dtype of x.
+        bias: [out_features] or None.
+
+    Returns:
+        [tokens, out_features], dtype of x.
+    """
+    out_features, groups, books = codes.shape
+    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
+    nbits = codebooks.shape[-3].bit_length() - 1
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
+    with torch.cuda.device(x.device):
+        processors, limit = cuda_runtime.device_limits(x.device.index)
+        at_once = x.shape[0]
+        shape = Shape(books, nbits, at_once, out_features // partitions, groups, partitions)
+        while (plan := choose_plan(shape, processors, limit)) is None:
+            assert at_once > 8, "8 tokens fit every supported device"
+            at_once = max(8, at_once // 16 * 8)
+            shape = replace(shape, tokens=at_once)
+        for first in range(0, x.shape[0], at_once):
+            rows = slice(first, first + at_once)
+            if x.shape[0] - first < at_once:
+                shape = replace(shape, tokens=x.shape[0] - first)
+                plan = choose_plan(shape, processors, limit)
+                assert plan is not None, "fewer tokens need less shared memory"
+            run_plan(shape, plan, out[rows], operands[0][rows], *operands[1:])
+    return out
+
+
+def run_plan(
+    shape: Shape,
+    plan: Plan,
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Write `linear` of prepared operands into the rows `out` with a given plan, on the current device."""
+    lane_bytes = plan.variant.groups_per_lane * shape.books
+    aligned = (
+        shape.groups % plan.variant.groups_per_lane == 0 and (codes.data_ptr() | codes.stride(0)) % lane_bytes == 0
+    )
+    index = x.device.index
+    defines = variant_defines(shape, plan, x.dtype, aligned)
+    kernel = cuda_runtime.load_kernel(_SOURCE, "lookup_linear", defines, index, cuda_runtime.device_limits(index)[1])
+    splits = plan.grid[1]
+    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else None
+    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    superblocks = math.ceil(shape.groups / (4 * plan.variant.groups_per_lane))
+    values = (
+        x.data_ptr(),
+        codes.data_ptr(),
+        codebooks.data_ptr(),
+        scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        x.stride(0),
+        codes.stride(0),
+        shape.tokens,
+        shape.rows,
+        shape.groups,
+        tiles // plan.grid[0],
+        tiles % plan.grid[0],
+        superblocks // splits,
+        superblocks % splits,
+        plan.slots,
+    )
+    kernel.launch(plan.grid, plan.variant.warps * 32, plan.shared_bytes, _PARAMS, values)
+    if partial is not None:
+        finish = cuda_runtime.load_kernel(_SOURCE, "finish_linear", defines, index, 0)
+        blocks = math.ceil(out.numel() / _FINISH_THREADS)
+        finish.launch(
+            (blocks, 1, 1),
+            _FINISH_THREADS,
+            0,
+            _FINISH_PARAMS,
+            (
+                partial.data_ptr(),
+                scales.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                out.data_ptr(),
+                out.shape[1],
+                out.numel(),
+                splits,
+            ),
+        )

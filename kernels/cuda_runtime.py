@@ -1,0 +1,231 @@
+"""Compile, cache and launch CUDA C++ kernels without a CUDA toolkit.
+
+NVIDIA's NVRTC compiles a kernel variant at its first use, through `cuda.core`, to machine code for the device at hand;
+the result is kept on disk, so that later processes only load it. Compared with a compiled torch extension this needs
+neither nvcc nor a C++ toolchain and ships no binaries per torch version; the price is one to three seconds at the first
+use of each variant on a machine. Nothing here runs at import.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Kernel",
+    "cache_folder",
+    "compile_source",
+    "cubin",
+    "device_arch",
+    "device_limits",
+    "load_kernel",
+    "prepared",
+    "why_not_on",
+]
+
+_SOURCES = Path(__file__).parent / "cuda"
+_MIN_CAPABILITY = (7, 5)
+_DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why CUDA kernels for `dtype` cannot run on `device`, with the remedy; None if they can."""
+    if device.type != "cuda":
+        return f"runs on cuda, not on {device.type}"
+    unavailable = _why_unavailable()
+    if unavailable:
+        return unavailable
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _MIN_CAPABILITY:
+        return f"needs compute capability 7.5 or later, this GPU has {major}.{minor}"
+    if dtype == torch.bfloat16 and major < 8:
+        return f"needs compute capability 8.0 for bfloat16, this GPU has {major}.{minor}; use float16"
+    return None
+
+
+@functools.cache
+def _why_unavailable() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device is available to torch"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm; the CUDA kernels need an NVIDIA GPU"
+    try:
+        import cuda.bindings.driver
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"the package cuda-core with its CUDA bindings is missing ({error}); install aqlm-tensor[cuda]"
+    return None
+
+
+@functools.cache
+def device_arch(index: int) -> str:
+    """The architecture name NVRTC compiles for on CUDA device `index`, for example ``"sm_90"``."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def device_limits(index: int) -> tuple[int, int]:
+    """Multiprocessors of CUDA device `index`, and the most shared memory a block can have there, in bytes."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def prepared(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands of a linear op in layouts the kernels read; the same tensors if they already are.
+
+    Rows of x start at multiples of 16 bytes, rows of codes are contiguous but may be farther apart, the rest is
+    contiguous and the codebooks are aligned to 16 bytes. Weights usually are all that; a slice may have to be copied.
+    """
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    if codes.stride(2) != 1 or codes.stride(1) != codes.shape[2]:
+        codes = codes.contiguous()
+    if not codebooks.is_contiguous() or codebooks.data_ptr() % 16:
+        codebooks = codebooks.clone(memory_format=torch.contiguous_format)
+    return x, codes, codebooks, scales.contiguous(), None if bias is None else bias.contiguous()
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `AQLM_TENSOR_CACHE`, or `aqlm_tensor` in the user's cache folder."""
+    chosen = os.environ.get("AQLM_TENSOR_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "aqlm_tensor"
+
+
+def compile_source(source: str, defines: Iterable[tuple[str, int]], arch: str) -> bytes:
+    """Compile ``cuda/<source>`` to a CUBIN. Needs NVRTC but no GPU.
+
+    Args:
+        source: file name inside the package's ``cuda`` folder.
+        defines: the variant's compile-time constants.
+        arch: target such as ``"sm_90"``.
+
+    Raises:
+        RuntimeError: if NVRTC reports an error; the message holds its log.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=source,
+        arch=arch,
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in defines],
+        include_path=[str(_SOURCES)],
+    )
+    return bytes(Program((_SOURCES / source).read_text(), "c++", options).compile("cubin").code)
+
+
+@functools.cache
+def _toolchain_digest() -> bytes:
+    """Identifies everything that decides a compiled kernel besides its name, constants and target."""
+    from cuda.bindings import nvrtc
+
+    digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()).encode())
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+def cubin(source: str, defines: tuple[tuple[str, int], ...], arch: str) -> bytes:
+    """`compile_source` through the cache on disk."""
+    key = hashlib.sha256(_toolchain_digest() + repr((source, defines, arch)).encode()).hexdigest()
+    path = cache_folder() / f"{Path(source).stem}-{arch}-{key[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        code = compile_source(source, defines, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)  # atomic: another process sees all of it or nothing
+    except OSError:
+        pass  # a read-only or full home only costs the next process a compilation
+    return code
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel on one device.
+
+    Attributes:
+        function: the driver's handle.
+        module: keeps the loaded code alive.
+    """
+
+    function: Any
+    module: Any
+
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: struct.Struct, values: tuple
+    ) -> None:
+        """Start the kernel on torch's current stream of the current device.
+
+        Args:
+            grid: blocks in x, y and z.
+            threads: threads per block.
+            shared_bytes: dynamic shared memory per block.
+            params: layout of the kernel's one by-value parameter.
+            values: what to pack into it.
+        """
+        from cuda.bindings import driver
+
+        packed = ctypes.create_string_buffer(params.pack(*values), params.size)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        stream = torch.cuda.current_stream().cuda_stream
+        (status,) = driver.cuLaunchKernel(
+            self.function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+        )
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"launching a CUDA kernel failed with {status.name} (grid {grid}, {threads} threads)")
+
+
+@functools.cache
+def load_kernel(
+    source: str, entry: str, defines: tuple[tuple[str, int], ...], index: int, shared_bytes: int = 0
+) -> Kernel:
+    """The kernel `entry` of ``cuda/<source>``, compiled with `defines` for device `index` (cached).
+
+    Args:
+        source: file name inside the package's ``cuda`` folder.
+        entry: name of the ``extern "C"`` kernel.
+        defines: compile-time constants.
+        index: CUDA device.
+        shared_bytes: the most dynamic shared memory a launch will ask for.
+
+    Raises:
+        RuntimeError: while a CUDA graph is being captured, since loading code would break the capture.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the CUDA kernel {entry} is not loaded yet and cannot be loaded while a CUDA graph is captured: "
+            "run the layer once with the same number of rows before the capture"
+        )
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
+
+    with torch.cuda.device(index):
+        torch.cuda.current_stream()
+        Device(index).set_current()
+        module = ObjectCode.from_cubin(cubin(source, defines, device_arch(index)))
+        kernel = module.get_kernel(entry)
+        if shared_bytes > _DEFAULT_SHARED_BYTES:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, driver.CUkernel(int(kernel.handle)), index)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"{entry} cannot have {shared_bytes} bytes of shared memory: {status.name}")
+        return Kernel(driver.CUfunction(int(kernel.handle)), module)

@@ -1,0 +1,81 @@
+"""Every CUDA source compiles for every supported architecture, and the runtime's cache; none of it needs a GPU."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from aqlm_tensor.kernels import cuda_lookup, cuda_runtime
+
+pytest.importorskip("cuda.core", reason="needs cuda-core")
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA bindings of cuda-core")
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+# multiprocessors and the most shared memory of a block: RTX 2080, A100, RTX 4090, H100
+DEVICES = ((46, 65536), (108, 166912), (128, 101376), (132, 232448))
+
+
+def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, int], ...]:
+    limit = 65536 if arch == "sm_75" else 101376 if arch in ("sm_86", "sm_89", "sm_120") else 166912
+    shape = cuda_lookup.Shape(books, 8, tokens, 4096, 512, 1)
+    plan = cuda_lookup.choose_plan(shape, 40, limit)
+    assert plan is not None
+    return cuda_lookup.variant_defines(shape, plan, torch.float16 if arch == "sm_75" else torch.bfloat16, tokens > 1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_lookup_compiles(arch: str, tokens: int) -> None:
+    code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch), arch)
+    assert b"lookup_linear" in code
+    assert b"finish_linear" in code
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_others_compile(arch: str) -> None:
+    dtype = 0 if arch == "sm_75" else 1
+    defines = (("NUM_BOOKS", 2), ("NBITS", 8), ("DTYPE", dtype), ("COPIES", 4))
+    assert b"dequantize" in cuda_runtime.compile_source("dequantize.cu", defines, arch)
+    defines = (("NUM_BOOKS", 3), ("NBITS", 7), ("TOKENS", 8))
+    assert b"lookup_float32" in cuda_runtime.compile_source("lookup_float32.cu", defines, arch)
+
+
+def test_compile_error_is_reported() -> None:
+    with pytest.raises(Exception, match="NUM_BOOKS"):
+        cuda_runtime.compile_source("dequantize.cu", (("DTYPE", 1),), "sm_80")
+
+
+def test_second_process_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AQLM_TENSOR_CACHE", str(tmp_path))
+    defines = (("NUM_BOOKS", 1), ("NBITS", 8), ("DTYPE", 2), ("COPIES", 1))
+    code = cuda_runtime.cubin("dequantize.cu", defines, "sm_80")
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == code
+    assert re.fullmatch(r"dequantize-sm_80-[0-9a-f]{32}\.cubin", file.name)
+    monkeypatch.setattr(cuda_runtime, "compile_source", None)  # must not be called again
+    assert cuda_runtime.cubin("dequantize.cu", defines, "sm_80") == code
+
+
+def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AQLM_TENSOR_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(cuda_runtime, "compile_source", lambda *_: b"code")
+    assert cuda_runtime.cubin("dequantize.cu", (), "sm_80") == b"code"
+
+
+@pytest.mark.parametrize(("processors", "limit"), DEVICES)
+@pytest.mark.parametrize("books", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "groups"), [(4096, 512), (28672, 1024), (8192, 3584), (1, 1), (1000, 173)])
+def test_plans_fit_the_device(processors: int, limit: int, books: int, rows: int, groups: int) -> None:
+    for tokens in (1, 4, 8, 9, 16, 32, 64):
+        plan = cuda_lookup.choose_plan(cuda_lookup.Shape(books, 8, tokens, rows, groups, 1), processors, limit)
+        if plan is None:
+            assert tokens > 8, "8 tokens must fit"
+            continue
+        variant = plan.variant
+        assert plan.shared_bytes <= limit
+        assert variant.token_tiles * 8 >= tokens
+        assert variant.k_warps * variant.row_warps == variant.warps
+        assert plan.grid[0] <= -(-rows // 16)
+        assert plan.grid[0] * plan.grid[1] <= max(processors, plan.grid[1])
