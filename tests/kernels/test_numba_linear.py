@@ -15,6 +15,7 @@ runnable = lambda case: case.rows and case.out_features and case.in_features  # 
 
 def by_lookup(x, codes, codebooks, scales, bias):
     books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
+    bias = None if bias is None else bias.float()
     return lookup_linear(x, codes, books, scales, bias).to(x.dtype)
 
 
