@@ -3,6 +3,7 @@
 import errno
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,12 @@ def batched(samples: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def quantize_with_bar(
-    model: Any, config: AQLMWeightConfig, batches: list[torch.Tensor], *, max_blocks: int | None = None
+    model: Any,
+    config: AQLMWeightConfig,
+    batches: list[torch.Tensor],
+    *,
+    max_blocks: int | None = None,
+    after_block: Callable[[int], None] | None = None,
 ) -> QuantizationReport:
     """`quantize_sequentially` with a progress bar."""
     layers = len(find_targets(model, config, in_blocks(model, max_blocks))[0])
@@ -87,7 +93,9 @@ def quantize_with_bar(
         def show(progress: Progress) -> None:
             shown.update(progress.done, f"block {progress.block + 1}/{progress.blocks}: {progress.phase}")
 
-        return quantize_sequentially(model, config, batches, max_blocks=max_blocks, on_progress=show)
+        return quantize_sequentially(
+            model, config, batches, max_blocks=max_blocks, on_progress=show, after_block=after_block
+        )
 
 
 def _data_free(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:

