@@ -12,6 +12,8 @@ from torch import Tensor
 from aqlm_tensor.quantizer.parallel import map_rows, numba_search
 from aqlm_tensor.quantizer.search import gather
 
+_CONVERGED = 1e-8  # of the first squared residual
+
 __all__ = ["refine_codebooks", "refine_scales", "row_errors", "scatter_add"]
 
 
@@ -65,11 +67,12 @@ def refine_codebooks(
     residual = over_rows(residual_part)
     factors = _block_factors(row_weights, indices, metric, codebooks.shape)
     direction = torch.zeros_like(result)
-    previous = 0.0
+    previous = enough = 0.0
     for _ in range(steps):
         conditioned = torch.cholesky_solve(residual.mT, factors).mT
         current = float((residual * conditioned).flatten(1).sum(1).sum())
-        if not current > 0:
+        enough = enough or _CONVERGED * current
+        if not current > enough:  # what is left is rounding, which further steps would amplify
             break
         direction = conditioned + (current / previous) * direction if previous else conditioned
         image = over_rows(normal_part)

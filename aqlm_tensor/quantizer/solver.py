@@ -19,8 +19,9 @@ class SolverConfig:
             weight with the Hessian.
         beam_width: codes of one codebook kept when two codebooks are searched jointly. Codebooks of up to 256 entries
             ignore it: all pairs are tried.
-        damping: added to the diagonal of the Hessian while the first codes are chosen with error feedback, as a
-            fraction of its mean diagonal. It keeps the factorisation of a singular Hessian defined.
+        damping: added to the diagonal of the Hessian while the first codes are chosen with error feedback, half as a
+            fraction of its mean diagonal, half of each entry. It keeps the factorisation of a singular Hessian defined,
+            and much of it trusts later groups less to make up for the errors of earlier ones.
 
     Raises:
         ValueError: if a field is out of its range.
@@ -32,7 +33,7 @@ class SolverConfig:
     kmeans_iterations: int = 8
     conjugate_gradient_steps: int = 8
     beam_width: int = 8
-    damping: float = 1.0
+    damping: float = 0.02
 
     def __post_init__(self) -> None:
         for field in fields(self):
