@@ -1,7 +1,7 @@
 """The CPU kernel, compiled with Numba: every scheme, every float dtype, the same bits for any number of threads.
 
 Few rows of x go through tables of partial dot products (numba_lookup), which needs codes of at most 8 bits; more rows,
-and wider codes, through blocks of the weight decoded into cache (numba_product). `_lookup_pays` chooses between them
+and wider codes, through blocks of the weight decoded into cache (numba_product). `lookup_pays` chooses between them
 from the problem's sizes alone.
 
 What it costs: the first call of each kind in a process loads a compiled function from Numba's cache on disk
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "supports"]
+__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "lookup_pays", "supports"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEQUANTIZE_ELEMENTS = 1 << 22  # decoded at a time where the result is not float32: 16 MB
@@ -42,7 +42,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if x.shape[0] == 0 or codes.numel() == 0:
         y = x.new_zeros(x.shape[0], codes.shape[0] * codebooks.shape[-2], dtype=torch.float32)
         return (y if bias is None else y + bias).to(x.dtype)
-    if _lookup_pays(x.shape[0], tuple(codes.shape), tuple(codebooks.shape)):
+    if lookup_pays(x.shape[0], tuple(codes.shape), tuple(codebooks.shape)):
         books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
         return lookup_linear(x, codes, books, scales, bias).to(x.dtype)
     return product(x, Weight.of(codes, codebooks, scales), bias).to(x.dtype)
@@ -81,7 +81,7 @@ def invalidate(codes: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _lookup_pays(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> bool:
+def lookup_pays(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> bool:
     """Whether tables are expected to be faster than blocks of the decoded weight for so many rows of x."""
     partitions, num_codebooks, size, out_group, group = (1, *books_shape)[-5:]
     if size > 256:

@@ -1,0 +1,15 @@
+"""torch.nn.functional.linear with the dequantized weight."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["dense"]
+
+
+def dense(weights: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """x @ W.T in a dtype; `weights` [O, I] are used in that dtype already."""
+    x = x.to(dtype)
+    return lambda index: F.linear(x, weights[index % len(weights)])
