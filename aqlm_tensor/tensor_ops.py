@@ -28,57 +28,43 @@ REMEDY = "call `.dequantize()` first to work on the dense weight"
 
 
 def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] times w [O, I] transposed, plus bias [O]."""
-    if w.dim() != 2:
+    """x [..., I] times w [O, I] transposed, plus bias [O]; the op checks that they fit."""
+    # the parts and not w: on a subclass every attribute, such as a shape, is a trip through __torch_function__
+    codes, codebooks, scales = w.codes, w.codebooks, w.scales
+    if codes.dim() != 3 or w.orientation == "row":
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
-    _check_operand(x, w, x.shape[-1] if x.dim() else None, w.shape[1])
-    _check_bias(bias, w)
+    if isinstance(x, AQLMTensor):
+        raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is not None:  # forward-mode AD: the ops define only the backward, and would drop the tangent silently
         y = forward_ad.make_dual(_linear(primal, w), _linear(tangent, w))
         return y if bias is None else y + bias
-    x, codebooks, scales, bias = _autocast(x, w.codebooks, w.scales, bias)
+    if _autocast_enabled(x.device.type):  # the op is opaque to autocast: cast what it would cast for a dense linear
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, codebooks, scales = x.to(dtype), codebooks.to(dtype), scales.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if w.orientation == "matrix":
-        return ops.linear(x, w.codes, codebooks, scales, bias)
-    y = ops.linear_input_grad(x, w.codes, codebooks, scales)
-    return y if bias is None else y + bias
-
-
-def _check_operand(x: Tensor, w: AQLMTensor, inner: int | None, expected: int) -> None:
-    if isinstance(x, AQLMTensor):
-        raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")
-    if inner != expected:
-        raise ValueError(f"cannot multiply: x has shape {tuple(x.shape)}, the AQLM weight {tuple(w.shape)}")
-    if x.device != w.device:
-        raise ValueError(f"x is on {x.device} but the AQLM weight is on {w.device}: move one of them with `.to(...)`")
-    if x.dtype != w.dtype and not _autocast_enabled(x.device.type):
-        # not a TypeError: Python's `@` would swallow it
-        raise ValueError(f"x is {x.dtype} but the AQLM weight is {w.dtype}: cast one of them with `.to(...)`")
-
-
-def _check_bias(bias: Tensor | None, w: AQLMTensor) -> None:
+        return _call(ops.linear, x, codes, codebooks, scales, bias)
+    y = _call(ops.linear_input_grad, x, codes, codebooks, scales)
     if bias is None:
-        return
-    if bias.shape != w.shape[:1]:
-        raise ValueError(f"bias must have shape {tuple(w.shape[:1])}, got {tuple(bias.shape)}")
-    if bias.device != w.device:
-        raise ValueError(f"bias is on {bias.device} but the AQLM weight is on {w.device}: move one with `.to(...)`")
-    if bias.dtype != w.dtype and not _autocast_enabled(w.device.type):
-        raise ValueError(f"bias is {bias.dtype} but the AQLM weight is {w.dtype}: cast one of them with `.to(...)`")
+        return y
+    if bias.shape != y.shape[-1:]:
+        raise ValueError(f"bias must have shape {tuple(y.shape[-1:])}, got {tuple(bias.shape)}")
+    return y + bias
+
+
+def _call(op: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """Call an op, without its autograd layer (18 us, as much as a small product) if no gradient can flow."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
+    ):
+        return op(*operands)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*operands)
 
 
 def _autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _autocast(
-    x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The floating operands in autocast's dtype if autocast is on, as it would do for a dense linear."""
-    if not _autocast_enabled(x.device.type):
-        return x, codebooks, scales, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

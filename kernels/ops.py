@@ -10,6 +10,7 @@ shape-only fakes and gradients to x, codebooks, scales and bias. All take plain 
     bias       [O] or None                            x's dtype
 """
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,11 @@ __all__ = [
 def scheme_of(codebooks: Tensor) -> AQLMScheme:
     """The scheme that codebooks [..., K, 2^N, H, G] belong to."""
     # int: a symbolic size of a traced tensor is specialised here, since a scheme is part of what is compiled
-    num_codebooks, size, out_group, in_group = (int(n) for n in codebooks.shape[-4:])
+    return _scheme(*(int(n) for n in codebooks.shape[-4:]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _scheme(num_codebooks: int, size: int, out_group: int, in_group: int) -> AQLMScheme:
     return AQLMScheme(num_codebooks, (size - 1).bit_length(), in_group, out_group)
 
 
@@ -51,28 +56,31 @@ def _problem(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Problem:
 
 
 def _check(
-    dense: Tensor, features: int, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
+    x: Tensor, features: int, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> None:
-    """Raise unless the operands fit: kernels compute addresses from their shapes and read values by x's dtype.
+    """Raise unless the operands fit: kernels compute addresses from their shapes and read values by one dtype.
 
     Raises:
         ValueError: naming the first operand that does not fit.
     """
-    if dense.dim() == 0 or dense.shape[-1] != features:
-        raise ValueError(f"the dense operand must have {features} features, got shape {tuple(dense.shape)}")
     if scales.numel() != codes.shape[0] or codes.shape[-1] != codebooks.shape[-4]:
         raise ValueError(
             f"codes {tuple(codes.shape)}, codebooks {tuple(codebooks.shape)} and scales {tuple(scales.shape)} do not "
             "belong together"
         )
-    if bias is not None and bias.numel() != codes.shape[0] * codebooks.shape[-2]:
-        raise ValueError(f"bias must have {codes.shape[0] * codebooks.shape[-2]} elements, got {tuple(bias.shape)}")
-    for name, operand in (("codebooks", codebooks), ("scales", scales), ("bias", bias)):
-        if operand is not None and (operand.dtype != dense.dtype or operand.device != dense.device):
+    weight = weight_shape(codes, codebooks)
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"cannot multiply: x has shape {tuple(x.shape)}, the AQLM weight {weight}")
+    if bias is not None and bias.shape != weight[:1]:
+        raise ValueError(f"bias must have shape {weight[:1]}, got {tuple(bias.shape)}")
+    dtype, device = codebooks.dtype, codebooks.device
+    for name, operand in (("x", x), ("scales", scales), ("bias", bias)):
+        if operand is not None and operand.device != device:
             raise ValueError(
-                f"{name} are {operand.dtype} on {operand.device} but the dense operand is {dense.dtype} on "
-                f"{dense.device}: move or cast one of them with `.to(...)`"
+                f"{name} is on {operand.device} but the AQLM weight is on {device}: move one with `.to(...)`"
             )
+        if operand is not None and operand.dtype != dtype:
+            raise ValueError(f"{name} is {operand.dtype} but the AQLM weight is {dtype}: cast one with `.to(...)`")
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -129,11 +137,13 @@ dequantize_param_grad = torch.ops.aqlm_tensor.dequantize_param_grad.default
 
 @torch.library.register_fake("aqlm_tensor::linear")
 def _(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight_shape(codes, codebooks)[1], codes, codebooks, scales, bias)
     return x.new_empty(*x.shape[:-1], weight_shape(codes, codebooks)[0])
 
 
 @torch.library.register_fake("aqlm_tensor::linear_input_grad")
 def _(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    _check(grad, weight_shape(codes, codebooks)[0], codes, codebooks, scales)
     return grad.new_empty(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
 
 

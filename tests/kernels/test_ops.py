@@ -161,17 +161,17 @@ X, BIAS = OPERANDS.x, torch.zeros(16)
 CODES, BOOKS, SCALES = OPERANDS.parts
 
 WRONG = {
-    "inner size": ("must have 64 features", (X[:, :56], CODES, BOOKS, SCALES, None)),
-    "scalar": ("must have 64 features", (torch.tensor(1.0), CODES, BOOKS, SCALES, None)),
+    "inner size": (r"cannot multiply: x has shape \(\d+, 56\)", (X[:, :56], CODES, BOOKS, SCALES, None)),
+    "scalar": (r"cannot multiply: x has shape \(\)", (torch.tensor(1.0), CODES, BOOKS, SCALES, None)),
     "scales of other rows": ("do not belong together", (X, CODES, BOOKS, SCALES[:8], None)),
     "codebooks missing": ("do not belong together", (X, CODES, BOOKS[:1], SCALES, None)),
-    "short bias": ("bias must have 16 elements", (X, CODES, BOOKS, SCALES, BIAS[:15])),
+    "short bias": (r"bias must have shape \(16,\), got \(15,\)", (X, CODES, BOOKS, SCALES, BIAS[:15])),
     "x dtype": (
-        "codebooks are torch.float32 on cpu but the dense operand is torch.bf",
+        "x is torch.bfloat16 but the AQLM weight is torch.float32: cast",
         (X.bfloat16(), CODES, BOOKS, SCALES, None),
     ),
-    "scales dtype": ("scales are torch.float16", (X, CODES, BOOKS, SCALES.half(), None)),
-    "bias dtype": ("bias are torch.float64", (X, CODES, BOOKS, SCALES, BIAS.double())),
+    "scales dtype": ("scales is torch.float16", (X, CODES, BOOKS, SCALES.half(), None)),
+    "bias dtype": ("bias is torch.float64", (X, CODES, BOOKS, SCALES, BIAS.double())),
 }
 
 
