@@ -86,7 +86,7 @@ class Run:
             cpu=_cpu(),
             torch=torch.__version__,
             commit=_commit(),
-            date=dt.datetime.now(dt.UTC).date().isoformat(),
+            date=_today(),
         )
         print(
             f"{what}, {blocks} blocks: perplexity {value:.4f}, {row.ratio:.4f} times dense, {seconds:.0f} s", flush=True
@@ -179,6 +179,10 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _today() -> str:
+    return dt.datetime.now(dt.UTC).date().isoformat()
 
 
 def _commit() -> str:
