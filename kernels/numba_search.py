@@ -152,7 +152,7 @@ def sweep_block(
         indices: codes [R, J, K] int64; updated.
         known: whether `indices` holds a choice to start from.
         metric: [J, G, G].
-        feedback: couplings inside the block, [W, W].
+        feedback: couplings inside the block, [W, W]; [0, 0] if there are none.
         books: [K, S, H * G].
         transposed: the same as [K, H * G, S].
         squares: c M c^T of every entry, [J, K, S].
@@ -190,6 +190,8 @@ def sweep_block(
                         new = target[row, h, left + f] + change[h * group + f]
                         step = new - error[row, h, left + f]
                         error[row, h, left + f] = new
+                        if not feedback.shape[0]:
+                            continue
                         coupled = feedback[left + f]
                         for column in range(right, columns):
                             waiting[column] += step * coupled[column]

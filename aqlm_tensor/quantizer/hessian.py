@@ -5,7 +5,7 @@ from torch import Tensor
 
 from aqlm_tensor.quantizer.search import Coupling
 
-__all__ = ["HessianAccumulator", "check_hessian", "descent_coupling", "feedback_coupling", "regularize"]
+__all__ = ["HessianAccumulator", "check_hessian", "descent_coupling", "feedback_coupling", "no_coupling", "regularize"]
 
 _CHUNK_TOKENS = 8192
 _SYMMETRY_TOLERANCE = 1e-4  # of the largest entry; float32 sums of half-precision inputs stay far below
@@ -104,16 +104,22 @@ def check_hessian(hessian: Tensor, in_features: int) -> None:
         raise ValueError("hessian has a negative diagonal entry: X^T X is positive semidefinite")
 
 
-def regularize(hessian: Tensor | None, in_features: int, device: torch.device) -> Tensor:
-    """The float32 metric of the search, [I, I], scaled to a mean diagonal of 1; the identity if there is none."""
-    identity = torch.eye(in_features, dtype=torch.float32, device=device)
-    if hessian is None or in_features == 0:
-        return identity
-    wide = hessian.detach().to(device=device, dtype=torch.float64)
+def regularize(hessian: Tensor | None) -> Tensor | None:
+    """The float32 metric of the search, [I, I], scaled to a mean diagonal of 1; None for the identity."""
+    if hessian is None:
+        return None
+    wide = hessian.detach().double()
     mean = float(wide.diagonal().mean())
     if mean == 0:  # nothing was seen: every input counts the same
-        return identity
-    return ((wide + wide.T) / (2 * mean)).float() + _RIDGE * identity
+        return None
+    metric = ((wide + wide.T) / (2 * mean)).float()
+    metric.diagonal().add_(_RIDGE)
+    return metric
+
+
+def no_coupling(groups: int, group: int, device: torch.device) -> Coupling:
+    """Groups that do not interact: the metric is the identity."""
+    return Coupling(torch.eye(group, device=device).repeat(groups, 1, 1), None, causal=True)
 
 
 def descent_coupling(metric: Tensor, group: int) -> Coupling:

@@ -12,6 +12,7 @@ from aqlm_tensor.quantizer.refine import scatter_add
 __all__ = ["initial_codebooks"]
 
 _MIN_POINTS = 1 << 14
+_MIN_POINTS_ALONE = 1 << 17  # with one codebook later rounds are k-means too, and only slowly correct a small sample
 _POINTS_PER_ENTRY = 16
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -40,7 +41,8 @@ def initial_codebooks(
     count, size, height, group = shape
     rows, groups = target.shape[0], metric.shape[0]
     total = rows * groups
-    wanted = min(total, max(_MIN_POINTS, _POINTS_PER_ENTRY * size))
+    least = _MIN_POINTS if count > 1 else _MIN_POINTS_ALONE
+    wanted = min(total, max(least, _POINTS_PER_ENTRY * size))
     picked = torch.randperm(total, generator=generator)[:wanted].to(target.device)
     row, column = picked // groups, picked % groups
     points = target.view(rows, height, groups, group)[row, :, column]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.codes import indices_to_codes
-from aqlm_tensor.quantizer.hessian import check_hessian, descent_coupling, feedback_coupling, regularize
+from aqlm_tensor.quantizer.hessian import check_hessian, descent_coupling, feedback_coupling, no_coupling, regularize
 from aqlm_tensor.quantizer.init import initial_codebooks
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.refine import refine_codebooks, refine_scales, row_errors
@@ -26,7 +26,7 @@ from aqlm_tensor.scheme import AQLMScheme
 __all__ = ["QuantizedLayer", "quantize_layer"]
 
 
-_FEEDBACK_ROUNDS = 2  # rounds that choose all codes afresh for the better codebooks, before local search takes over
+_FEEDBACK_ROUNDS = 2  # rounds (at most half of them) that choose all codes afresh, before local search takes over
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,14 @@ def _solve(
     report = on_progress or (lambda _round, _error: None)
     report(0, errors[0])
     best = state
+    feedback_rounds = min(_FEEDBACK_ROUNDS, solver.max_rounds // 2) if problem.metric is not None else 0
     for number in range(1, solver.max_rounds + 1):
-        state = problem.improve(state, afresh=number <= _FEEDBACK_ROUNDS)
+        state = problem.improve(state, afresh=number <= feedback_rounds)
         errors.append(problem.relative(state))
         report(number, errors[-1])
         if errors[-1] < problem.relative(best):
             best = state
-        if number > _FEEDBACK_ROUNDS and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
+        if number > feedback_rounds and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
             break
     return problem.result(best, errors)
 
@@ -158,16 +159,20 @@ class _Problem:
     ) -> None:
         self.scheme, self.solver, self.dtype = scheme, solver, dtype
         group = scheme.in_group_size
-        metric = regularize(hessian, weight.shape[1], weight.device)
-        importance = metric.diagonal().view(-1, group).sum(1)
-        self.order = importance.argsort(descending=True, stable=True)
-        columns = (self.order[:, None] * group + torch.arange(group, device=weight.device)).flatten()
-        self.metric = metric[columns][:, columns].contiguous()
+        metric = regularize(None if hessian is None else hessian.to(weight.device))
+        if metric is None:
+            self.metric, self.order = None, torch.arange(weight.shape[1] // group, device=weight.device)
+            columns = torch.arange(weight.shape[1], device=weight.device)
+            self.feedback = self.descent = no_coupling(len(self.order), group, weight.device)
+        else:
+            self.order = metric.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
+            columns = (self.order[:, None] * group + torch.arange(group, device=weight.device)).flatten()
+            self.metric = metric[columns][:, columns].contiguous()
+            self.feedback = feedback_coupling(self.metric, group, solver.damping)
+            self.descent = descent_coupling(self.metric, group)
         wide = weight.detach().float()[:, columns].view(-1, scheme.out_group_size, weight.shape[1])
         self.unit = torch.ldexp(torch.ones(()), wide.abs().amax().frexp().exponent.cpu()).to(weight.device)
         self.weight = wide / self.unit
-        self.feedback = feedback_coupling(self.metric, group, solver.damping)
-        self.descent = descent_coupling(self.metric, group)
         self.total = float(row_errors(self.weight, self.metric).sum())
 
     def initialize(self, generator: torch.Generator) -> _State:

@@ -12,9 +12,9 @@ from torch import Tensor
 from aqlm_tensor.quantizer.parallel import map_rows, numba_search
 from aqlm_tensor.quantizer.search import gather
 
-_CONVERGED = 1e-8  # of the first squared residual
+__all__ = ["refine_codebooks", "refine_scales", "row_errors", "scatter_add", "times_metric"]
 
-__all__ = ["refine_codebooks", "refine_scales", "row_errors", "scatter_add"]
+_CONVERGED = 1e-8  # of the first squared residual
 
 
 def scatter_add(values: Tensor, indices: Tensor, size: int) -> Tensor:
@@ -30,14 +30,19 @@ def scatter_add(values: Tensor, indices: Tensor, size: int) -> Tensor:
     return out
 
 
-def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H e^T of every row group: `error` [R, H, I] -> [R]."""
-    parts = map_rows(lambda r: ((error[r] @ hessian) * error[r]).flatten(1).sum(1), len(error), error.device)
+def times_metric(rows: Tensor, metric: Tensor | None) -> Tensor:
+    """`rows` @ `metric`, None being the identity."""
+    return rows if metric is None else rows @ metric
+
+
+def row_errors(error: Tensor, metric: Tensor | None) -> Tensor:
+    """e M e^T of every row group: `error` [R, H, I] -> [R]; None is the identity."""
+    parts = map_rows(lambda r: (times_metric(error[r], metric) * error[r]).flatten(1).sum(1), len(error), error.device)
     return torch.cat(parts)
 
 
 def refine_codebooks(
-    target: Tensor, row_weights: Tensor, indices: Tensor, codebooks: Tensor, metric: Tensor, steps: int
+    target: Tensor, row_weights: Tensor, indices: Tensor, codebooks: Tensor, metric: Tensor | None, steps: int
 ) -> Tensor:
     """Codebooks after `steps` of conjugate gradients on sum over rows of weight * (u - q) metric (u - q)^T.
 
@@ -46,7 +51,7 @@ def refine_codebooks(
         row_weights: [R].
         indices: codes of every group, [R, I / G, K].
         codebooks: where to start, [K, S, H, G]; left alone.
-        metric: [I, I].
+        metric: [I, I]; None is the identity.
         steps: iterations; entries that no group uses do not move.
     """
     weights = row_weights[:, None, None]
@@ -54,15 +59,15 @@ def refine_codebooks(
     shape = codebooks.shape
 
     def normal_part(rows: slice) -> Tensor:
-        step = (gather(direction, indices[rows]) * weights[rows]) @ metric
+        step = times_metric(gather(direction, indices[rows]) * weights[rows], metric)
         return _scatter(step, indices[rows], shape)
 
     def residual_part(rows: slice) -> Tensor:
-        step = ((target[rows] - gather(result, indices[rows])) * weights[rows]) @ metric
+        step = times_metric((target[rows] - gather(result, indices[rows])) * weights[rows], metric)
         return _scatter(step, indices[rows], shape)
 
     def over_rows(work: Callable[[slice], Tensor]) -> Tensor:
-        return torch.stack(map_rows(work, len(indices), metric.device)).sum(0)
+        return torch.stack(map_rows(work, len(indices), target.device)).sum(0)
 
     residual = over_rows(residual_part)
     factors = _block_factors(row_weights, indices, metric, codebooks.shape)
@@ -86,17 +91,17 @@ def refine_codebooks(
     return result
 
 
-def refine_scales(weight: Tensor, quantized: Tensor, scales: Tensor, metric: Tensor) -> Tensor:
+def refine_scales(weight: Tensor, quantized: Tensor, scales: Tensor, metric: Tensor | None) -> Tensor:
     """Best scale of every row group, [R], for `weight` and unscaled `quantized` [R, H, I].
 
     A row whose optimum is not positive (its codes tell nothing about it) keeps its entry of `scales`.
     """
 
     def sums(rows: slice) -> Tensor:
-        weighted = quantized[rows] @ metric
+        weighted = times_metric(quantized[rows], metric)
         return torch.stack([(weighted * other[rows]).flatten(1).sum(1) for other in (weight, quantized)])
 
-    overlap, norm = torch.cat(map_rows(sums, len(weight), metric.device), 1)
+    overlap, norm = torch.cat(map_rows(sums, len(weight), weight.device), 1)
     best = overlap / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     usable = (norm > 0) & (best > 0) & best.isfinite() & (scales > 0)
     return torch.where(usable, best, scales)
@@ -111,12 +116,15 @@ def _scatter(gradient: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
     return torch.stack(parts).view(shape)
 
 
-def _block_factors(row_weights: Tensor, indices: Tensor, metric: Tensor, shape: torch.Size) -> Tensor:
+def _block_factors(row_weights: Tensor, indices: Tensor, metric: Tensor | None, shape: torch.Size) -> Tensor:
     """Cholesky factors [K, S, G, G]... of the diagonal blocks of the normal equations, one block per entry."""
     count, size, _, group = shape
     rows, groups = indices.shape[:2]
-    inputs = metric.shape[0]
-    blocks = metric.as_strided((groups, group, group), (group * (inputs + 1), inputs, 1)).flatten(1)
+    if metric is None:
+        blocks = torch.eye(group, device=indices.device).flatten().expand(groups, -1)
+    else:
+        inputs = metric.shape[0]
+        blocks = metric.as_strided((groups, group, group), (group * (inputs + 1), inputs, 1)).flatten(1)
     column = torch.arange(groups, device=indices.device)
     mass = row_weights[:, None].expand(rows, groups).reshape(-1, 1)
     diagonal = []

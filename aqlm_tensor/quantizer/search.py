@@ -30,12 +30,13 @@ class Coupling:
 
     Attributes:
         metric: M of each group, [in_groups, G, G], symmetric positive semidefinite.
-        feedback: couplings between inputs, [I, I], zero in the diagonal blocks: errors e add e @ feedback to b.
+        feedback: couplings between inputs, [I, I], zero in the diagonal blocks: errors e add e @ feedback to b. None if
+            there are none.
         causal: whether `feedback` reaches later groups only (error feedback from scratch).
     """
 
     metric: Tensor
-    feedback: Tensor
+    feedback: Tensor | None
     causal: bool
 
 
@@ -74,11 +75,14 @@ def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: C
     for start in range(0, columns, visit.width):
         block = slice(start, min(start + visit.width, columns))
         inputs = slice(0, start if coupling.causal else columns)
-        feedback = coupling.feedback[inputs, block].contiguous()
         visit.prepare(block)
+        feedback = None if coupling.feedback is None else coupling.feedback[inputs, block].contiguous()
 
-        def work(part: slice, block: slice = block, inputs: slice = inputs, feedback: Tensor = feedback) -> None:
-            visit(part, block, target, error[part, :, inputs] @ feedback, error, indices)
+        def work(rows: slice, block: slice = block, inputs: slice = inputs, feedback: Tensor | None = feedback) -> None:
+            pending = (
+                torch.zeros_like(target[rows, :, block]) if feedback is None else error[rows, :, inputs] @ feedback
+            )
+            visit(rows, block, target, pending, error, indices)
 
         map_rows(work, rows, target.device)
     return indices
@@ -122,7 +126,7 @@ class _NumbaBlocks:
         self.pairs = _pair_order(count)
         order = torch.tensor(self.pairs * _passes(count, fresh), dtype=torch.int64).view(-1, 2)
         self.order = order.numpy()
-        self.width = _block_width(coupling.feedback.shape[0], self.group, len(self.pairs) * size * size)
+        self.width = _block_width(len(coupling.metric) * self.group, self.group, len(self.pairs) * size * size)
 
     def prepare(self, block: slice) -> None:
         """Tables of the groups of a block, shared by all rows."""
@@ -141,7 +145,8 @@ class _NumbaBlocks:
                     tables[j, p], factors[j, p] = _fixed_point_pairs(pairs)
 
         map_rows(work, groups, metric.device, smallest=4)
-        feedback = self.coupling.feedback[block, block].contiguous()
+        whole = self.coupling.feedback
+        feedback = torch.empty(0, 0) if whole is None else whole[block, block].contiguous()
         self.shared = [t.numpy() for t in (metric, feedback, self.flat, self.transposed, squares, tables, factors)]
 
     def __call__(
@@ -164,11 +169,11 @@ class _TorchBlocks:
         self.codebooks, self.coupling, self.fresh = codebooks, coupling, fresh
         self.group = codebooks.shape[-1]
         self.search = _GroupSearch(codebooks, beam_width)
-        self.width = _block_width(coupling.feedback.shape[0], self.group, 1)
+        self.width = _block_width(len(coupling.metric) * self.group, self.group, 1)
 
     def prepare(self, block: slice) -> None:
         """Couplings inside the block."""
-        self.inner = self.coupling.feedback[block, block]
+        self.inner = None if self.coupling.feedback is None else self.coupling.feedback[block, block]
 
     def __call__(
         self, rows: slice, block: slice, target: Tensor, pending: Tensor, error: Tensor, indices: Tensor
@@ -182,7 +187,8 @@ class _TorchBlocks:
             chosen = self.search(metric, linear, None if self.fresh else indices[rows, j])
             indices[rows, j] = chosen
             new = target[here] - gather(self.codebooks, chosen[:, None])
-            pending[..., right:] += (new - error[here]) @ self.inner[left:right, right:]
+            if self.inner is not None:
+                pending[..., right:] += (new - error[here]) @ self.inner[left:right, right:]
             error[here] = new
 
 

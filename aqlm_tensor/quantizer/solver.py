@@ -29,7 +29,7 @@ class SolverConfig:
     """
 
     max_rounds: int = 8
-    relative_tolerance: float = 0.005
+    relative_tolerance: float = 0.002
     kmeans_iterations: int = 8
     conjugate_gradient_steps: int = 8
     beam_width: int = 8

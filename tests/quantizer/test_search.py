@@ -17,7 +17,9 @@ def random_problem(count: int, size: int, height: int, group: int, groups: int =
     codebooks = torch.randn(count, size, height, group, generator=generator) / count**0.5
     inputs = torch.randn(200, groups * group, generator=generator)
     inputs[:, 1:] += 0.5 * inputs[:, :-1]
-    return target, codebooks, regularize(inputs.T @ inputs, groups * group, target.device)
+    metric = regularize(inputs.T @ inputs)
+    assert metric is not None
+    return target, codebooks, metric
 
 
 def cost(target: Tensor, codebooks: Tensor, indices: Tensor, metric: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ def test_error_feedback_accounts_for_the_whole_damped_cost() -> None:
     """With e~_j and D_j as documented, the sum of e~_j D_j e~_j^T is e (H + damping) e^T, whatever the error e."""
     _, _, metric = random_problem(1, 4, 1, 8)
     coupling = feedback_coupling(metric, 8, 0.5)
+    assert coupling.feedback is not None
     error = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     total = torch.zeros(3, dtype=torch.float64)
     for j in range(5):
