@@ -6,19 +6,21 @@ in numba_product decode a block once and use it for all rows of x.
 """
 
 import functools
+from array import array
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from numba import njit
-from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from aqlm_tensor.kernels.numba_parallel import (
     ITEMS,
     NEXT_ITEM,
     OPTIONS,
+    Kernel,
+    as_float32,
     compile_kernel,
+    make_frame,
     run,
     source_digest,
     threads_for,
@@ -56,7 +58,7 @@ class Weight:
     Attributes:
         codes: [O/H, I/G, K] int8 or int16, contiguous but for the stride of its rows.
         books: [P, K, 2^N, H, G] float32, contiguous.
-        scales: [O/H] float32, contiguous.
+        scales: [O/H, 1, 1, 1] float32, contiguous.
     """
 
     codes: Tensor
@@ -70,20 +72,20 @@ class Weight:
         if codes.stride()[1:] != (num_codebooks, 1) or codes.stride(0) < groups * num_codebooks:
             codes = codes.contiguous()
         books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
-        return cls(codes, books.float().contiguous(), scales.float().reshape(-1).contiguous())
+        return cls(codes, as_float32(books), as_float32(scales))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.codes.shape[0] * self.books.shape[3], self.codes.shape[1] * self.books.shape[4]
 
-    def frame(self, items: int, *fields: int) -> np.ndarray:
+    def frame(self, items: int, *fields: int) -> "array[int]":
         """A frame whose head says how many items there are and that holds this weight and a kernel's own fields."""
         partitions, num_codebooks, size, out_group, group = self.books.shape
         row_bytes = self.codes.stride(0) * self.codes.element_size()
         addresses = (self.codes.data_ptr(), row_bytes, self.books.data_ptr(), self.scales.data_ptr())
         sizes = (num_codebooks, size, out_group, group, self.codes.shape[0] // partitions)
-        return np.array((0, 0, items, *addresses, *sizes, *fields), np.int64)
+        return make_frame(items, *addresses, *sizes, *fields)
 
 
 def decode_rows(weight: Weight, start: int, stop: int) -> Tensor:
@@ -97,7 +99,7 @@ def decode_rows(weight: Weight, start: int, stop: int) -> Tensor:
 
 
 @functools.cache
-def _kernel(wide: bool) -> CFunc:
+def _kernel(wide: bool) -> Kernel:
     """The compiled decoder of 8-bit or (wide) 16-bit codes."""
     digest = source_digest()
 

@@ -36,9 +36,10 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     """x [M, I] times the transposed weight plus bias [O]: [M, O] in x's dtype, accumulated in float32."""
     from aqlm_tensor.kernels.numba_decode import Weight
     from aqlm_tensor.kernels.numba_lookup import lookup_linear
+    from aqlm_tensor.kernels.numba_parallel import as_float32
     from aqlm_tensor.kernels.numba_product import product
 
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else as_float32(bias)
     if x.shape[0] == 0 or codes.numel() == 0:
         y = x.new_zeros(x.shape[0], codes.shape[0] * codebooks.shape[-2], dtype=torch.float32)
         return (y if bias is None else y + bias).to(x.dtype)

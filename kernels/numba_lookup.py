@@ -11,7 +11,8 @@ The trade-off: tables cost 2^N * G multiplications per column, so this pays for 
 For more tokens than lanes, passes over the codes repeat.
 
 First pass: an item of work is (chunk of columns, slice of the out group, partition, block of rows) and has a buffer of
-sums of its own. Second pass, over blocks of rows: the chunks' sums are added in order, scaled, and written to y.
+sums of its own. Second pass, over blocks of rows: the chunks' sums are added in order, scaled, and written to y. A
+thread that is alone does both in one call.
 """
 
 import functools
@@ -19,7 +20,6 @@ import functools
 import numpy as np
 import torch
 from numba import njit
-from numba.core.ccallback import CFunc
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +29,10 @@ from aqlm_tensor.kernels.numba_parallel import (
     NEXT_ITEM,
     NEXT_SLOT,
     OPTIONS,
+    Kernel,
+    as_float32,
     compile_kernel,
+    make_frame,
     run,
     source_digest,
     threads_for,
@@ -65,7 +68,8 @@ _FLOAT = 4  # bytes
 
 # The frame: addresses and sizes, after the head that numba_parallel defines.
 _X, _BOOKS, _CODES, _SUMS, _SCALES, _BIAS, _Y, _SCRATCH = range(3, 11)
-_ROWS, _COLUMNS, _CHUNK, _CODEBOOKS, _SIZE, _GROUP, _OUT_GROUP, _TOKENS, _PARTITIONS, _BLOCKS, _LANES = range(11, 22)
+_ROWS, _COLUMNS, _CHUNK, _CODEBOOKS, _SIZE, _GROUP, _OUT_GROUP, _TOKENS, _PARTITIONS, _BLOCKS = range(11, 21)
+_LANES, _ALONE = 21, 22
 
 
 def lookup_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,26 +83,47 @@ def lookup_linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, b
         bias: [O] in float32 and contiguous, or None.
     """
     packed = packed_codes(codes, (codebooks.shape[2] - 1).bit_length())
-    scales = scales.float().reshape(-1).contiguous()
+    scales = as_float32(scales)
     y = torch.empty(x.shape[0], codes.shape[0] * codebooks.shape[3], dtype=torch.float32)
-    books: dict[bool, Tensor] = {}
-    for start in range(0, x.shape[0], LANES[-1]):
-        some = x[start : start + LANES[-1]].float()
-        lanes = next(lanes for lanes in LANES if lanes >= some.shape[0])
-        single = lanes == 1
-        if single not in books:
-            books[single] = _table_books(codebooks, single)
-        _sweep(
-            _transposed(some, lanes), lanes, codes, packed, books[single], scales, bias, y[start : start + LANES[-1]]
-        )
+    if x.shape[0] <= LANES[-1]:
+        _sweep(x, codes, packed, codebooks, scales, bias, y)
+        return y
+    for some, result in zip(x.split(LANES[-1]), y.split(LANES[-1]), strict=True):
+        _sweep(some, codes, packed, codebooks, scales, bias, result)
     return y
 
 
+def _sweep(
+    x: Tensor, codes: Tensor, packed: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    """Fill y [M, O] for x [M, I] of at most LANES[-1] rows."""
+    tokens, in_features = x.shape
+    partitions, num_codebooks, _, out_group, group = codebooks.shape
+    lanes = next(lanes for lanes in LANES if lanes >= tokens)
+    x = as_float32(x) if lanes == 1 else _transposed(x, lanes)
+    books = _table_books(codebooks, lanes == 1)
+    size = books.numel() // (partitions * num_codebooks * out_group * group)
+    rows, columns = codes.shape[0], in_features // group * num_codebooks
+    chunk = max(_CHUNK_COLUMNS, -(-columns // _CHUNKS // 16) * 16)
+    chunks, blocks = -(-columns // chunk), -(-rows // partitions // _BLOCK_ROWS)
+    items = chunks * out_group * partitions * blocks
+    threads = threads_for(items, rows * columns * out_group // 4)
+    space = torch.empty((chunks * out_group * rows + threads * 16 * _ENTRIES) * lanes, dtype=torch.float32)
+    sums = space.data_ptr() + threads * 16 * _ENTRIES * lanes * _FLOAT
+    fields = (
+        x.data_ptr(), books.data_ptr(), packed.data_ptr(), sums, scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), space.data_ptr(),
+        rows, columns, chunk, num_codebooks, size, group, out_group, tokens, partitions, blocks, lanes, threads == 1,
+    )  # fmt: skip
+    run(_sum_kernel(lanes), make_frame(items, *fields), threads)
+    if threads > 1:
+        items = -(-rows // _FINISH_ROWS)
+        run(_finish_kernel(), make_frame(items, *fields), min(threads, items))
+
+
 def _transposed(x: Tensor, lanes: int) -> Tensor:
-    """x [M, I] as [I, lanes], zeros in the lanes beyond M."""
-    if x.shape[0] == lanes:
-        return x.T.contiguous()
-    padded = x.new_zeros(x.shape[1], lanes)
+    """x [M, I] as [I, lanes] in float32, zeros in the lanes beyond M."""
+    padded = torch.zeros(x.shape[1], lanes)
     padded[:, : x.shape[0]] = x.T
     return padded
 
@@ -106,42 +131,14 @@ def _transposed(x: Tensor, lanes: int) -> Tensor:
 def _table_books(codebooks: Tensor, single: bool) -> Tensor:
     """Codebooks in float32 as [P, H, K, C, G], or for a single lane as [P, H, K, G, C] with C at least 16."""
     if not single:
-        return codebooks.float().permute(0, 3, 1, 2, 4).contiguous()
-    books = codebooks.float().permute(0, 3, 1, 4, 2)
+        return as_float32(codebooks.permute(0, 3, 1, 2, 4))
+    books = codebooks.permute(0, 3, 1, 4, 2)
     missing = 16 - books.shape[-1]  # tables are built 16 entries at a time
-    return F.pad(books, (0, missing)) if missing > 0 else books.contiguous()
-
-
-def _sweep(
-    x: Tensor,
-    lanes: int,
-    codes: Tensor,
-    packed: Tensor,
-    books: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Fill y [M, O] for x [I, lanes]."""
-    partitions, out_group, num_codebooks = books.shape[:3]
-    size, group = books.shape[3:] if lanes > 1 else books.shape[:2:-1]
-    rows, columns = codes.shape[0], codes.shape[1] * num_codebooks
-    chunk = max(_CHUNK_COLUMNS, -(-columns // _CHUNKS // 16) * 16)
-    chunks, blocks = -(-columns // chunk), -(-rows // partitions // _BLOCK_ROWS)
-    items = chunks * out_group * partitions * blocks
-    threads = threads_for(items, rows * columns * out_group // 4)
-    sums = torch.empty(chunks * out_group * rows * lanes, dtype=torch.float32)
-    scratch = torch.empty(threads * 16 * _ENTRIES * lanes, dtype=torch.float32)
-    tensors = (x, books, packed, sums, scales, bias, y, scratch)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = (rows, columns, chunk, num_codebooks, size, group, out_group, y.shape[0], partitions, blocks, lanes)
-    run(_sum_kernel(lanes), np.array((0, 0, items, *addresses, *sizes), np.int64), threads)
-    items = -(-rows // _FINISH_ROWS)
-    run(_finish_kernel(), np.array((0, 0, items, *addresses, *sizes), np.int64), min(threads, items))
+    return as_float32(F.pad(books, (0, missing)) if missing > 0 else books)
 
 
 @functools.cache
-def _sum_kernel(lanes: int) -> CFunc:
+def _sum_kernel(lanes: int) -> Kernel:
     """The compiled first pass for so many lanes."""
     digest = source_digest()
 
@@ -152,7 +149,7 @@ def _sum_kernel(lanes: int) -> CFunc:
 
 
 @functools.cache
-def _finish_kernel() -> CFunc:
+def _finish_kernel() -> Kernel:
     """The compiled second pass."""
     digest = source_digest()
 
@@ -183,6 +180,8 @@ def _sum_items(f, zero, digest) -> None:  # noqa: ANN001, ARG001
         books = f[_BOOKS] + (partition * out_group + part) * _FLOAT * f[_CODEBOOKS] * f[_GROUP] * f[_SIZE]
         _sum_chunk(f, zero, books, chunk * f[_CHUNK], start, rows, sums, tables)
         item = fetch_add(address + 8 * NEXT_ITEM)
+    if f[_ALONE]:
+        _finish_rows(f, 0, f[_ROWS])
 
 
 @njit(**OPTIONS)
@@ -283,17 +282,22 @@ def _add_column(table, codes, width, sums, rows, zero) -> None:  # noqa: ANN001
 
 @njit(**OPTIONS)
 def _finish_items(f, digest) -> None:  # noqa: ANN001, ARG001
-    address, lanes = address_of(f), f[_LANES]
-    chunks = (f[_COLUMNS] + f[_CHUNK] - 1) // f[_CHUNK]
+    address = address_of(f)
     item = fetch_add(address + 8 * NEXT_ITEM)
     while item < f[ITEMS]:
         start = item * _FINISH_ROWS
-        rows = min(_FINISH_ROWS, f[_ROWS] - start)
-        for part in range(f[_OUT_GROUP]):
-            sums = f[_SUMS] + (part * f[_ROWS] + start) * lanes * _FLOAT
-            _add_chunks(sums, f[_OUT_GROUP] * f[_ROWS] * lanes * _FLOAT, chunks, rows * lanes)
-            _write(f, sums, lanes, part, start, rows)
+        _finish_rows(f, start, min(_FINISH_ROWS, f[_ROWS] - start))
         item = fetch_add(address + 8 * NEXT_ITEM)
+
+
+@njit(**OPTIONS)
+def _finish_rows(f, start, rows) -> None:  # noqa: ANN001
+    """Add the chunks' sums of some rows and write their results."""
+    lanes, chunks = f[_LANES], (f[_COLUMNS] + f[_CHUNK] - 1) // f[_CHUNK]
+    for part in range(f[_OUT_GROUP]):
+        sums = f[_SUMS] + (part * f[_ROWS] + start) * lanes * _FLOAT
+        _add_chunks(sums, f[_OUT_GROUP] * f[_ROWS] * lanes * _FLOAT, chunks, rows * lanes)
+        _write(f, sums, lanes, part, start, rows)
 
 
 @njit(**OPTIONS)

@@ -15,16 +15,31 @@ import functools
 import os
 import threading
 import zlib
+from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from numba import cfunc, types
 from numba.core.ccallback import CFunc
+from torch import Tensor
 
-__all__ = ["ITEMS", "NEXT_ITEM", "NEXT_SLOT", "OPTIONS", "compile_kernel", "run", "source_digest", "threads_for"]
+__all__ = [
+    "ITEMS",
+    "NEXT_ITEM",
+    "NEXT_SLOT",
+    "OPTIONS",
+    "Kernel",
+    "as_float32",
+    "compile_kernel",
+    "make_frame",
+    "run",
+    "source_digest",
+    "threads_for",
+]
 
+_C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _SIGNATURE = types.void(types.CPointer(types.int64))  # of every kernel: it is given its frame
 OPTIONS = {"error_model": "numpy", "nogil": True}
 
@@ -50,40 +65,62 @@ def threads_for(items: int, work: int) -> int:
     return max(1, min(torch.get_num_threads(), items, work // _WORK_PER_THREAD))
 
 
-def compile_kernel(function: Callable[..., None]) -> CFunc:
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel.
+
+    Attributes:
+        compiled: what keeps the machine code alive.
+        address: where the code is.
+        call: the same as a ctypes function of the frame's address.
+    """
+
+    compiled: CFunc
+    address: int
+    call: Callable[[int], None]
+
+
+def compile_kernel(function: Callable[..., None]) -> Kernel:
     """The C function for a Python function of a frame, from Numba's cache on disk if it is there.
 
     The cache lies in `__pycache__` beside the source, or in the user's cache directory where that cannot be written
     (NUMBA_CACHE_DIR overrides both); where nothing can be written, every process compiles anew.
     """
     try:
-        return cfunc(_SIGNATURE, cache=True, **OPTIONS)(function)
+        compiled = cfunc(_SIGNATURE, cache=True, **OPTIONS)(function)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        return cfunc(_SIGNATURE, **OPTIONS)(function)
+        compiled = cfunc(_SIGNATURE, **OPTIONS)(function)
+    assert compiled.address is not None
+    return Kernel(compiled, compiled.address, _C_FUNCTION(compiled.address))
 
 
-def run(kernel: CFunc, frame: np.ndarray, threads: int) -> None:
+def make_frame(items: int, *fields: int) -> "array[int]":
+    """A frame for so many items: its head and then a kernel's own fields."""
+    return array("q", (0, 0, items, *fields))
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous float32, else a copy that is."""
+    return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+
+
+def run(kernel: Kernel, frame: "array[int]", threads: int) -> None:
     """Call a kernel with its frame, on the calling thread and `threads` - 1 others.
 
     Returns when all of them have returned. The global interpreter lock is released meanwhile.
     """
-    entry = kernel.address
-    assert entry is not None
+    address = frame.buffer_info()[0]
     if threads == 1:
-        _C_KERNEL(entry)(frame.ctypes.data)
+        kernel.call(address)
     elif (parallel := _openmp_parallel()) is not None and not _forked.is_set():
-        parallel(entry, frame.ctypes.data, threads, 0)
+        parallel(kernel.address, address, threads, 0)
     else:
-        _run_on_python_threads(entry, frame, threads)
+        _run_on_python_threads(functools.partial(kernel.call, address), threads)
 
 
-_C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _run_on_python_threads(entry: int, frame: np.ndarray, threads: int) -> None:
-    call = functools.partial(_C_KERNEL(entry), frame.ctypes.data)
+def _run_on_python_threads(call: Callable[[], None], threads: int) -> None:
     others = [threading.Thread(target=call) for _ in range(threads - 1)]
     for thread in others:
         thread.start()

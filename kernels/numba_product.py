@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from llvmlite import binding
 from numba import njit
-from numba.core.ccallback import CFunc
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,8 @@ from aqlm_tensor.kernels.numba_parallel import (
     NEXT_ITEM,
     NEXT_SLOT,
     OPTIONS,
+    Kernel,
+    as_float32,
     compile_kernel,
     run,
     source_digest,
@@ -107,7 +108,7 @@ def product_input_grad(grad: Tensor, weight: Weight) -> Tensor:
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """x in float32, contiguous, zero-padded to multiples of `rows` and `columns`."""
     right, below = -x.shape[1] % columns, -x.shape[0] % rows
-    return F.pad(x.float(), (0, right, 0, below)).contiguous() if right or below else x.float().contiguous()
+    return F.pad(x.float(), (0, right, 0, below)).contiguous() if right or below else as_float32(x)
 
 
 @functools.cache
@@ -122,7 +123,7 @@ def _tile(few: bool) -> tuple[int, int]:
 
 
 @functools.cache
-def _forward_kernel(wide: bool, few: bool) -> CFunc:
+def _forward_kernel(wide: bool, few: bool) -> Kernel:
     """The compiled forward product for 8-bit or (wide) 16-bit codes."""
     digest = source_digest()
     rows, tokens = _tile(few)
@@ -135,7 +136,7 @@ def _forward_kernel(wide: bool, few: bool) -> CFunc:
 
 
 @functools.cache
-def _grad_kernel(wide: bool) -> CFunc:
+def _grad_kernel(wide: bool) -> Kernel:
     """The compiled gradient product for 8-bit or (wide) 16-bit codes."""
     digest = source_digest()
     columns, tokens = _tile(False)

@@ -42,7 +42,7 @@ def official(parts: Sequence[Parts], x: Tensor, threads: int) -> Callable[[int],
         numba.set_num_threads(threads)
         try:
             with torch.no_grad():
-                return numba_gemm_lut(x, *cast("Any", permuted[index % len(permuted)]), None)
+                return numba_gemm_lut(x, *cast("tuple[Any, Any, Any]", permuted[index % len(permuted)]), None)
         finally:
             numba.set_num_threads(before)
 

@@ -82,7 +82,7 @@ def test_codebooks_and_scales_are_not_cached() -> None:
 _SCRIPT = """
 import aqlm_tensor.kernels.numba_lookup as lookup
 kernel = lookup._finish_kernel()
-print(kernel.cache_hits, lookup.__file__)
+print(kernel.compiled.cache_hits, lookup.__file__)
 """
 
 
@@ -111,7 +111,8 @@ def test_second_process_does_not_compile(tmp_path: Path, writable: bool) -> None
     assert hits == 0
     assert run_script(environment)[0] == 1
     assert any(home.rglob("*.nbi")) != writable
-
+    if not writable:
+        return
     vectors = package / "kernels" / "numba_vectors.py"
     vectors.write_text(vectors.read_text() + "\n# another version of what the kernel is built from\n")
     assert run_script(environment)[0] == 0, "a kernel compiled from other source was used"
