@@ -190,7 +190,8 @@ class AQLMTensor(TorchAOBaseTensor):
         """
         if requires_grad:
             raise RuntimeError(
-                "an AQLMTensor cannot require a gradient: its codes are discrete. To train codebooks and scales use "
+                "an AQLMTensor cannot require a gradient: its codes are discrete. As a parameter write "
+                "`nn.Parameter(w, requires_grad=False)`. To train codebooks and scales use "
                 "`with aqlm_tensor.trainable(model): ...`; to train adapters, or for load_state_dict(..., assign=True) "
                 "into a model made for training, call `model.requires_grad_(False)` first."
             )
@@ -212,7 +213,9 @@ class AQLMTensor(TorchAOBaseTensor):
 
     def extra_repr(self) -> str:
         """What `nn.Linear` shows of its weight, as torchao's tensors do."""
-        return f"scheme={self.scheme}, bits_per_weight={self.bits_per_weight:.3f}"
+        bits = self.bits_per_weight
+        bits = f"{bits:.3f}" if isinstance(bits, float) else str(bits)  # symbolic while torch.compile traces
+        return f"scheme={self.scheme}, bits_per_weight={bits}"
 
     def _quantization_type(self) -> str:
         return self.extra_repr()
@@ -223,6 +226,19 @@ class AQLMTensor(TorchAOBaseTensor):
             f"{type(self).__name__}(shape={tuple(self.shape)}, {self.extra_repr()}, dtype={self.dtype}, "
             f"device={self.device}{orientation})"
         )
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, tensor_data_dict: dict[str, Tensor], tensor_attributes: dict[str, Any], outer_size: Any, outer_stride: Any
+    ) -> Self:
+        """Wrap inner tensors again, for torch.compile: with the symbols it has for the outer sizes, not new products."""
+        codes, codebooks, scales = (tensor_data_dict[name] for name in cls.tensor_data_names)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, outer_size, strides=outer_stride, dtype=codebooks.dtype, device=codes.device, requires_grad=False
+        )
+        self.codes, self.codebooks, self.scales = codes, codebooks, scales
+        self.orientation = tensor_attributes["orientation"]
+        return self
 
     def _stable_hash_for_caching(self) -> str:
         """Key of torch.compile's on-disk cache: everything the handlers' Python code may branch on."""
