@@ -17,10 +17,17 @@ _LANES = 4  # rows that share each read of a pair table
 
 @numba.njit(nogil=True, cache=True)
 def _fixed_point(costs: np.ndarray, factor: np.float32 | np.ndarray, limit: np.float32, out: np.ndarray) -> None:
-    low = costs[0]
-    for i in range(costs.shape[0]):
-        low = min(low, costs[i])
-    for i in range(costs.shape[0]):
+    size = costs.shape[0]
+    low0 = low1 = low2 = low3 = costs[0]
+    for i in range(0, size - 3, 4):  # four chains, as each minimum waits for the one before it
+        low0 = min(low0, costs[i])
+        low1 = min(low1, costs[i + 1])
+        low2 = min(low2, costs[i + 2])
+        low3 = min(low3, costs[i + 3])
+    for i in range(size // 4 * 4, size):
+        low0 = min(low0, costs[i])
+    low = min(min(low0, low1), min(low2, low3))
+    for i in range(size):
         out[i] = np.int32(min((costs[i] - low) * factor, limit))
 
 
@@ -52,8 +59,14 @@ def _best_pairs(first: np.ndarray, second: np.ndarray, pairs: np.ndarray, out: n
         if low3 < best3:
             best3, arg3 = low3, i
     out[0, 0], out[1, 0], out[2, 0], out[3, 0] = arg0, arg1, arg2, arg3
+    bests = (best0, best1, best2, best3)
     for lane in range(_LANES):
-        out[lane, 1] = np.argmin(pairs[out[lane, 0]] + second[lane])
+        arg = out[lane, 0]
+        low = np.int32(bests[lane] - first[lane, arg])
+        entry = 0
+        while np.int32(pairs[arg, entry] + second[lane, entry]) != low:
+            entry += 1
+        out[lane, 1] = entry
 
 
 @numba.njit(nogil=True, cache=True)
