@@ -22,7 +22,7 @@ from aqlm_tensor.targets import find_targets
 
 __all__ = ["batched", "quantize_with_bar", "run"]
 
-_TOKENS_AT_ONCE = 4096  # more only costs memory
+_TOKENS_AT_ONCE = 2048  # more only costs memory
 
 
 def run(

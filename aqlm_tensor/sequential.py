@@ -134,7 +134,7 @@ def quantize_sequentially(
 
 
 class _Stop(Exception):  # noqa: N818 - ends a forward pass, nothing is wrong
-    """Raised in the first block once its input is known."""
+    """Raised in a hook once all that is wanted from a pass is known; the output embedding is costly."""
 
 
 class _BlockCalls:
@@ -174,14 +174,17 @@ class _BlockCalls:
 
         def after(_block: nn.Module, _args: Any, output: Any) -> None:
             previous[:] = [output if isinstance(output, Tensor) else output[0]]
+            if len(calls) == len(self._blocks):
+                raise _Stop
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self._blocks]
         handles += [block.register_forward_hook(after) for block in self._blocks]
-        try:
-            self._call(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.suppress(_Stop):
+            try:
+                self._call(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
         return calls
 
     def _first_input(self, batch: Tensor) -> Tensor:
