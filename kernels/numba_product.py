@@ -55,8 +55,8 @@ _FLOAT = 4  # bytes
 _LANES = 16
 _FORWARD_ROWS = 32  # rows of W decoded at a time, by _FORWARD_COLUMNS columns: 128 KB, half of most L2 caches
 _FORWARD_COLUMNS = 1024
-_GRAD_ROWS = 128  # the same for the gradient, where columns are the outputs
-_GRAD_COLUMNS = 256
+_GRAD_ROWS = 64  # the same for the gradient, where columns are the outputs
+_GRAD_COLUMNS = 512
 
 _X, _X_ROW, _Y, _Y_ROW, _TOKENS, _BIAS, _SCRATCH, _ROWS, _GROUPS, _ITEM_GROUPS, _WIDTH = range(
     FIRST_FREE, FIRST_FREE + 11
