@@ -23,7 +23,7 @@ _SOURCE = "dequantize.cu"
 _PARAMS = struct.Struct("4Qq2i")
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _WARPS = 8
-_GROUPS_PER_TURN = 128
+_GROUPS_PER_TURN = 256
 _SHARED_BYTES = 64 << 10  # of books per block: leaves two blocks or more on a multiprocessor of sm_80 and later
 
 
@@ -114,8 +114,9 @@ def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) 
         ("NBITS", size.bit_length() - 1),
         ("DTYPE", _DTYPES[out.dtype]),
         ("COPIES", copies),
+        ("ALIGNED", int((codes.data_ptr() | codes.stride(0)) % books == 0)),
     )
-    with torch.cuda.device(out.device):
+    with cuda_runtime.on_device(out.device):
         kernel = cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, out.device.index, shared_bytes)
         processors, _ = cuda_runtime.device_limits(out.device.index)
         turns = rows * -(-groups // _GROUPS_PER_TURN)
@@ -129,4 +130,4 @@ def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) 
             rows,
             groups,
         )
-        kernel.launch(grid, _WARPS * 32, shared_bytes, _PARAMS, values)
+        kernel.launch(grid, _WARPS * 32, shared_bytes, _PARAMS.pack(*values))

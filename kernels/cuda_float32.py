@@ -59,7 +59,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     rows, groups = codes.shape[0] // partitions, codes.shape[1]
     shared_bytes = num_books * size * 32
     defines = (("NUM_BOOKS", num_books), ("NBITS", size.bit_length() - 1), ("TOKENS", _TOKENS))
-    with torch.cuda.device(x.device):
+    with cuda_runtime.on_device(x.device):
         kernel = cuda_runtime.load_kernel(_SOURCE, "lookup_float32", defines, x.device.index, shared_bytes)
         processors, _ = cuda_runtime.device_limits(x.device.index)
         grid = (min(-(-rows // _WARPS), 2 * processors), -(-x.shape[0] // _TOKENS), partitions)
@@ -76,5 +76,5 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
             rows,
             groups,
         )
-        kernel.launch(grid, _WARPS * 32, shared_bytes, _PARAMS, values)
+        kernel.launch(grid, _WARPS * 32, shared_bytes, _PARAMS.pack(*values))
     return out

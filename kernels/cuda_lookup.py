@@ -23,6 +23,7 @@ __all__ = [
     "Shape",
     "Variant",
     "choose_plan",
+    "finish",
     "linear",
     "plan_with",
     "run_plan",
@@ -200,6 +201,12 @@ def variant_defines(shape: Shape, plan: Plan, dtype: torch.dtype, aligned: bool)
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _kernel(shape: Shape, plan: Plan, dtype: torch.dtype, aligned: bool, index: int) -> cuda_runtime.Kernel:
+    defines = variant_defines(shape, plan, dtype, aligned)
+    return cuda_runtime.load_kernel(_SOURCE, "lookup_linear", defines, index, cuda_runtime.device_limits(index)[1])
+
+
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.t() + bias`` for the weight W that the codes stand for.
 
@@ -220,7 +227,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if not out.numel():
         return out
     operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
-    with torch.cuda.device(x.device):
+    with cuda_runtime.on_device(x.device):
         processors, limit = cuda_runtime.device_limits(x.device.index)
         at_once = x.shape[0]
         shape = Shape(books, nbits, at_once, out_features // partitions, groups, partitions)
@@ -253,9 +260,7 @@ def run_plan(
     aligned = (
         shape.groups % plan.variant.groups_per_lane == 0 and (codes.data_ptr() | codes.stride(0)) % lane_bytes == 0
     )
-    index = x.device.index
-    defines = variant_defines(shape, plan, x.dtype, aligned)
-    kernel = cuda_runtime.load_kernel(_SOURCE, "lookup_linear", defines, index, cuda_runtime.device_limits(index)[1])
+    kernel = _kernel(shape, plan, x.dtype, aligned, x.device.index)
     splits = plan.grid[1]
     partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else None
     tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
@@ -279,22 +284,30 @@ def run_plan(
         superblocks % splits,
         plan.slots,
     )
-    kernel.launch(plan.grid, plan.variant.warps * 32, plan.shared_bytes, _PARAMS, values)
+    kernel.launch(plan.grid, plan.variant.warps * 32, plan.shared_bytes, _PARAMS.pack(*values))
     if partial is not None:
-        finish = cuda_runtime.load_kernel(_SOURCE, "finish_linear", defines, index, 0)
-        blocks = math.ceil(out.numel() / _FINISH_THREADS)
-        finish.launch(
-            (blocks, 1, 1),
-            _FINISH_THREADS,
-            0,
-            _FINISH_PARAMS,
-            (
-                partial.data_ptr(),
-                scales.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                out.data_ptr(),
-                out.shape[1],
-                out.numel(),
-                splits,
-            ),
-        )
+        finish(partial, scales, bias, out)
+
+
+def finish(partial: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write ``partial.sum(0) * scales + bias`` into `out`, adding in order, on the current device.
+
+    Args:
+        partial: [splits, tokens, out_features] float32.
+        scales: [out_features, 1, 1, 1], contiguous.
+        bias: [out_features], contiguous, or None.
+        out: [tokens, out_features], contiguous.
+    """
+    defines = (("DTYPE_BF16", int(out.dtype == torch.bfloat16)),)
+    kernel = cuda_runtime.load_kernel("finish_linear.cu", "finish_linear", defines, out.device.index)
+    values = (
+        partial.data_ptr(),
+        scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.shape[1],
+        out.numel(),
+        partial.shape[0],
+    )
+    grid = (math.ceil(out.numel() / _FINISH_THREADS), 1, 1)
+    kernel.launch(grid, _FINISH_THREADS, 0, _FINISH_PARAMS.pack(*values), overlap=True)

@@ -6,11 +6,11 @@ neither nvcc nor a C++ toolchain and ships no binaries per torch version; the pr
 use of each variant on a machine. Nothing here runs at import.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ __all__ = [
     "device_arch",
     "device_limits",
     "load_kernel",
+    "on_device",
     "prepared",
     "why_not_on",
 ]
@@ -64,6 +65,16 @@ def _why_unavailable() -> str | None:
     except ImportError as error:
         return f"the package cuda-core with its CUDA bindings is missing ({error}); install aqlm-tensor[cuda]"
     return None
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """`torch.cuda.device(device)`, without its cost where that is the current device already."""
+    if torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
@@ -158,40 +169,94 @@ def cubin(source: str, defines: tuple[tuple[str, int], ...], arch: str) -> bytes
     return code
 
 
-@dataclass(frozen=True)
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver API: an id and a union of 64 bytes, here always an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of the driver API."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_OVERLAP = (_Attribute * 1)(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
+_NO_ATTRIBUTES = ctypes.POINTER(_Attribute)()
+
+
+@functools.cache
+def _launcher() -> Any:
+    """The driver's cuLaunchKernelEx. Called through ctypes: it costs a fraction of what the Python bindings do."""
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    driver.cuLaunchKernelEx.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return driver.cuLaunchKernelEx
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One compiled kernel on one device.
 
     Attributes:
+        name: for messages.
         function: the driver's handle.
         module: keeps the loaded code alive.
+        index: the CUDA device.
+        can_overlap: whether the device has programmatic dependent launch.
     """
 
-    function: Any
+    name: str
+    function: int
     module: Any
+    index: int
+    can_overlap: bool
 
     def launch(
-        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: struct.Struct, values: tuple
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        params: bytes,
+        *,
+        overlap: bool = False,
     ) -> None:
-        """Start the kernel on torch's current stream of the current device.
+        """Start the kernel on torch's current stream of its device, which must be the current device.
 
         Args:
             grid: blocks in x, y and z.
             threads: threads per block.
             shared_bytes: dynamic shared memory per block.
-            params: layout of the kernel's one by-value parameter.
-            values: what to pack into it.
-        """
-        from cuda.bindings import driver
+            params: the kernel's one by-value parameter.
+            overlap: the kernel may start before the one ahead of it in the stream has ended, and waits for it itself
+                (programmatic dependent launch; needs compute capability 9.0, elsewhere it is ignored).
 
-        packed = ctypes.create_string_buffer(params.pack(*values), params.size)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        stream = torch.cuda.current_stream().cuda_stream
-        (status,) = driver.cuLaunchKernel(
-            self.function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+        Raises:
+            RuntimeError: if the driver refuses the launch.
+        """
+        pointers = (ctypes.c_char_p * 1)(params)
+        overlap = overlap and self.can_overlap
+        config = _LaunchConfig(
+            grid,
+            (threads, 1, 1),
+            shared_bytes,
+            torch._C._cuda_getCurrentRawStream(self.index),
+            _OVERLAP if overlap else _NO_ATTRIBUTES,
+            int(overlap),
         )
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"launching a CUDA kernel failed with {status.name} (grid {grid}, {threads} threads)")
+        status = _launcher()(ctypes.addressof(config), self.function, ctypes.addressof(pointers), None)
+        if status:
+            raise RuntimeError(
+                f"launching the CUDA kernel {self.name} failed with error {status} of the CUDA driver (grid {grid}, "
+                f"{threads} threads, {shared_bytes} bytes of shared memory)"
+            )
 
 
 @functools.cache
@@ -228,4 +293,4 @@ def load_kernel(
             (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, driver.CUkernel(int(kernel.handle)), index)
             if status != driver.CUresult.CUDA_SUCCESS:
                 raise RuntimeError(f"{entry} cannot have {shared_bytes} bytes of shared memory: {status.name}")
-        return Kernel(driver.CUfunction(int(kernel.handle)), module)
+        return Kernel(entry, int(kernel.handle), module, index, torch.cuda.get_device_capability(index) >= (9, 0))

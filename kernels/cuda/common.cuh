@@ -92,9 +92,17 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// A barrier among `threads` threads of the block (whole warps), by number.
-__device__ __forceinline__ void group_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+// A barrier among the THREADS threads (whole warps) that call it with the same `number`, below COUNT. Barrier 0 is
+// __syncthreads.
+template <int THREADS, int COUNT>
+__device__ __forceinline__ void group_barrier(int number) {
+  if constexpr (COUNT > 0) {
+    if (number == COUNT - 1) {
+      asm volatile("bar.sync %0, %1;" ::"n"(COUNT), "n"(THREADS) : "memory");
+    } else {
+      group_barrier<THREADS, COUNT - 1>(number);
+    }
+  }
 }
 
 // Codes are read once: keep them out of L1, which serves the shared memory as well. Zeros where `wanted` is false.

@@ -2,12 +2,13 @@
 // is what bounds it. A lane takes one group, a warp neighbouring groups of one row, so that its stores are one piece. The
 // codebooks stand in shared memory COPIES times, copy c in the c-th column of 16 bytes, against bank conflicts.
 //
-// Compile-time constants: NUM_BOOKS, NBITS (at most 8), DTYPE (0 float16, 1 bfloat16, 2 float32), COPIES.
+// Compile-time constants: NUM_BOOKS, NBITS (at most 8), DTYPE (0 float16, 1 bfloat16, 2 float32), COPIES,
+// ALIGNED (1: a group's codes start at a multiple of their size).
 #define DTYPE_BF16 (DTYPE == 1)
 #include "common.cuh"
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;                              // groups a lane has in flight
+constexpr int kUnroll = 8;                              // groups a lane has in flight
 constexpr int kPieces = DTYPE == 2 ? 2 : 1;             // 16-byte pieces of an entry
 constexpr int kEntries = NUM_BOOKS << NBITS;
 
@@ -19,6 +20,22 @@ struct DequantizeParams {
   long long code_stride;  // bytes from one row of codes to the next
   int rows, groups;
 };
+
+struct Codes {
+  u8 at[NUM_BOOKS];
+};
+
+__device__ __forceinline__ Codes load_codes(const u8* from) {
+  Codes codes;
+#if ALIGNED && NUM_BOOKS == 2
+  const u16 both = __ldcs(reinterpret_cast<const u16*>(from));
+  codes.at[0] = both & 255, codes.at[1] = both >> 8;
+#else
+#pragma unroll
+  for (int c = 0; c < NUM_BOOKS; ++c) codes.at[c] = __ldcs(from + c);
+#endif
+  return codes;
+}
 
 __device__ __forceinline__ void add_piece(float* sums, uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -63,12 +80,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) dequantize(const __grid_c
     const long long row = turn / pieces + static_cast<long long>(partition) * p.rows;
     const int first = static_cast<int>(turn % pieces) * 32 * kUnroll + lane;
     const u8* codes = p.codes + row * p.code_stride;
-    u8 code[kUnroll][NUM_BOOKS];
+    Codes code[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int group = min(first + u * 32, p.groups - 1);
-#pragma unroll
-      for (int c = 0; c < NUM_BOOKS; ++c) code[u][c] = codes[group * NUM_BOOKS + c];
+      code[u] = load_codes(codes + group * NUM_BOOKS);
     }
 #if DTYPE == 2
     const float scale = static_cast<const float*>(p.scales)[row];
@@ -82,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) dequantize(const __grid_c
       float sums[8] = {};
 #pragma unroll
       for (int c = 0; c < NUM_BOOKS; ++c) {
-        const int entry = (c << NBITS) + (code[u][c] & ((1 << NBITS) - 1));
+        const int entry = (c << NBITS) + (code[u].at[c] & ((1 << NBITS) - 1));
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           add_piece(sums + piece * 4, books[(entry * kPieces + piece) * COPIES + lane % COPIES]);

@@ -11,7 +11,7 @@
 // A block owns a range of 16-row tiles. Its warps form ROW_WARPS x WARPS / ROW_WARPS: row warps take different tiles and share
 // staged activations, k warps take different superblocks and are summed in fixed order at the end of every batch of
 // tiles. Grid: (row ranges, splits of k, row partitions with codebooks of their own); with more than one split the sums
-// go to `partial` and `finish_linear` adds them in fixed order.
+// go to `partial` and `finish_linear.cu` adds them in fixed order.
 //
 // Compile-time constants: NUM_BOOKS, NBITS, DTYPE_BF16, WARPS, ROW_TILES (tiles a warp accumulates at once), TOKEN_TILES,
 // ROW_WARPS, GROUPS_PER_LANE, COPIES, ALIGNED (1: every row of codes is a whole number of aligned lane vectors).
@@ -240,9 +240,9 @@ __device__ __forceinline__ void reduce_and_store(const LinearParams& p, float* s
       }
     }
     __syncthreads();
-    if (!valid) continue;
+    const int end = valid ? p.tokens : 0;
 #pragma unroll 4
-    for (int token = thread / span; token < p.tokens; token += tokens_at_once) {
+    for (int token = thread / span; token < end; token += tokens_at_once) {
       float sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < kKWarps; ++k) sum += sums[(k * p.tokens + token) * pitch + row];
@@ -252,6 +252,7 @@ __device__ __forceinline__ void reduce_and_store(const LinearParams& p, float* s
         p.out[token * all_rows + o] = from_float(fmaf(sum, scale, bias));
       }
     }
+    __syncwarp();  // whole warps at the next barrier
   }
 }
 
@@ -284,7 +285,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
   u8* slots = shared + kBooksBytes + at.k_warp * p.slots * kSlotBytes;
   float* sums = reinterpret_cast<float*>(shared + kBooksBytes + kKWarps * p.slots * kSlotBytes);
   const u32 column = at.lane % COPIES * 16;
-  constexpr int group_threads = ROW_WARPS * 32;
   const int group_thread = at.row_warp * 32 + at.lane;
 
   const int bx = blockIdx.x, by = blockIdx.y;
@@ -329,6 +329,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
     fetch(first_tile, first_block);
   }
   fill_books(p, books);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
+#endif
   __syncthreads();
 
   int slot = 0;
@@ -345,10 +348,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
 #pragma unroll
           for (int w = 0; w < kWords; ++w) now[r][half][w] = next[r][half][w];
       copy_async_wait();
-      if (ROW_WARPS == 1) {
+      if constexpr (ROW_WARPS == 1) {
         __syncwarp();
       } else {
-        group_barrier(1 + at.k_warp, group_threads);
+        group_barrier<ROW_WARPS * 32, kKWarps>(at.k_warp);
       }
       const u8* staged = slots + slot * kSlotBytes;
       const bool wraps = b + 1 == blocks;
@@ -365,23 +368,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
     }
     reduce_and_store(p, sums, tile0, tiles, acc);
   }
-}
-
-struct FinishParams {
-  const float* partial;  // [splits, tokens, rows]
-  const u16* scales;
-  const u16* bias;
-  u16* out;  // [tokens, rows]
-  long long rows, elements;
-  int splits;
-};
-
-extern "C" __global__ void __launch_bounds__(256) finish_linear(const __grid_constant__ FinishParams p) {
-  long long e = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x;
-  if (e >= p.elements) return;
-  float sum = 0.0f;
-  for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.elements + e];
-  long long o = e % p.rows;
-  float bias = p.bias ? to_float(p.bias[o]) : 0.0f;
-  p.out[e] = from_float(fmaf(sum, to_float(p.scales[o]), bias));
 }

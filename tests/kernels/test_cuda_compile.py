@@ -29,14 +29,17 @@ def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, i
 def test_lookup_compiles(arch: str, tokens: int) -> None:
     code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch), arch)
     assert b"lookup_linear" in code
-    assert b"finish_linear" in code
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_others_compile(arch: str) -> None:
     dtype = 0 if arch == "sm_75" else 1
-    defines = (("NUM_BOOKS", 2), ("NBITS", 8), ("DTYPE", dtype), ("COPIES", 4))
+    defines = (("NUM_BOOKS", 2), ("NBITS", 8), ("DTYPE", dtype), ("COPIES", 4), ("ALIGNED", 1))
     assert b"dequantize" in cuda_runtime.compile_source("dequantize.cu", defines, arch)
+    assert b"finish_linear" in cuda_runtime.compile_source("finish_linear.cu", (("DTYPE_BF16", dtype),), arch)
+    if arch != "sm_75":
+        defines = (("NUM_BOOKS", 1 + (arch == "sm_80")), ("NBITS", 8), ("DTYPE_BF16", int(arch != "sm_80")))
+        assert b"partial_sums" in cuda_runtime.compile_source("partial_sums.cu", defines, arch)
     defines = (("NUM_BOOKS", 3), ("NBITS", 7), ("TOKENS", 8))
     assert b"lookup_float32" in cuda_runtime.compile_source("lookup_float32.cu", defines, arch)
 
@@ -48,7 +51,7 @@ def test_compile_error_is_reported() -> None:
 
 def test_second_process_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AQLM_TENSOR_CACHE", str(tmp_path))
-    defines = (("NUM_BOOKS", 1), ("NBITS", 8), ("DTYPE", 2), ("COPIES", 1))
+    defines = (("NUM_BOOKS", 1), ("NBITS", 8), ("DTYPE", 2), ("COPIES", 1), ("ALIGNED", 0))
     code = cuda_runtime.cubin("dequantize.cu", defines, "sm_80")
     (file,) = tmp_path.iterdir()
     assert file.read_bytes() == code

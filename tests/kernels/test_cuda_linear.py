@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aqlm_tensor.kernels import cuda_dequantize, cuda_float32, cuda_lookup
+from aqlm_tensor.kernels import cuda_dequantize, cuda_float32, cuda_lookup, cuda_partial_sums
 from aqlm_tensor.kernels.registry import Op, Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear, assert_same_bits
@@ -48,6 +48,23 @@ def on_gpu(case: Case) -> Operands:
 def test_lookup(case: Case) -> None:
     assume(runs(cuda_lookup, "linear", case))
     assert_linear(cuda_lookup.linear, on_gpu(case))
+
+
+@given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=st.just(1)))
+def test_partial_sums(case: Case) -> None:
+    assume(runs(cuda_partial_sums, "linear", case))
+    assert_linear(cuda_partial_sums.linear, on_gpu(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8"])
+@pytest.mark.parametrize(("in_features", "out_features"), [shape for shape in SHAPES if shape[0] % 64 == 0])
+def test_partial_sums_shapes(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, 1, dtype)
+    y = cuda_partial_sums.linear(x, codes, codebooks, scales, bias)
+    assert_same_bits(y, cuda_partial_sums.linear(x, codes, codebooks, scales, bias), "a second run gave other bits")
+    error = relative_error(y, x.double() @ dense(codes, codebooks, scales).T + bias.double())
+    assert error < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
 
 
 @given(case=cases(schemes=DECODED, dtypes=st.just(torch.float32), rows=ROWS))
