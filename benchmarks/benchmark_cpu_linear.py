@@ -70,6 +70,9 @@ def make_setting(scheme: AQLMScheme, in_features: int, out_features: int, cache_
     for dtype in (torch.float32, torch.bfloat16):
         copies = copies_to_exceed_cache(weight.numel() * dtype.itemsize, cache_bytes)
         by_dtype[dtype] = [weight.to(dtype, copy=True) for _ in range(copies)]
+    repack = ours(parts, torch.zeros(1, in_features), torch.float32)
+    for index in range(len(parts)):  # the kernel's first use of a weight costs extra, once in its life
+        repack(index)
     return Setting(scheme, in_features, out_features, parts, by_dtype)
 
 
