@@ -91,9 +91,15 @@ def quiet() -> Iterator[None]:
     try:
         from transformers.utils import logging as transformers_logging
 
+        verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        yield
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)
@@ -176,7 +182,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False)
     with new_folder(folder, force=force, needed_bytes=0) as temporary:  # `save` knows its size and checks it
         save(model, temporary, force=True)
         tokenizer.save_pretrained(temporary)
-        model.generation_config.save_pretrained(temporary)
+        # save_pretrained would refuse settings that it finds doubtful, after all the work
+        model.generation_config.to_json_file(temporary / "generation_config.json")
 
 
 def tokenize(tokenizer: Any, text: str) -> Any:
