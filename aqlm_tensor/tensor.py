@@ -127,8 +127,9 @@ class AQLMTensor(TorchAOBaseTensor):
         from aqlm_tensor.quantizer.solver import SolverConfig
 
         dtype = codebook_dtype or weight.dtype
-        result = torch.compiler.disable(quantize_layer)(
-            weight,  # pyright: ignore[reportCallIssue] - typed as a decorator only
+        quantize: Any = torch.compiler.disable(quantize_layer)
+        result = quantize(
+            weight,
             AQLMScheme.parse(scheme),
             hessian=hessian,
             solver=solver or SolverConfig(),
@@ -231,7 +232,7 @@ class AQLMTensor(TorchAOBaseTensor):
     def __tensor_unflatten__(
         cls, tensor_data_dict: dict[str, Tensor], tensor_attributes: dict[str, Any], outer_size: Any, outer_stride: Any
     ) -> Self:
-        """Wrap inner tensors again, for torch.compile: with the symbols it has for the outer sizes, not new products."""
+        """Wrap inner tensors again, for torch.compile: with its own symbols for the outer sizes, not new products."""
         codes, codebooks, scales = (tensor_data_dict[name] for name in cls.tensor_data_names)
         self = torch.Tensor._make_wrapper_subclass(
             cls, outer_size, strides=outer_stride, dtype=codebooks.dtype, device=codes.device, requires_grad=False

@@ -4,6 +4,7 @@ Its CPU kernels race with more than one thread (10 % error), so they run with on
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def _single_threaded() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-def _official(scheme: AQLMScheme, w: AQLMTensor, bias: torch.Tensor) -> torch.nn.Module:
+def _official(scheme: AQLMScheme, w: AQLMTensor, bias: torch.Tensor) -> Any:
     """The official layer on copies of the tensors (its first forward permutes its codes)."""
     layer = aqlm.QuantizedLinear(
         w.shape[1],

@@ -51,7 +51,7 @@ for _name in [name for name in vars(TestCompile) if name.startswith("test_linear
 def test_linear_compile(dtype: torch.dtype) -> None:
     weight, x = torch.randn(4, 128, dtype=dtype), torch.randn(32, 128, dtype=dtype)
     linear = nn.Linear(128, 4, bias=False, dtype=dtype)
-    linear.weight = nn.Parameter(AQLMTensor.from_hp(weight, **_Settings.kwargs), requires_grad=False)
+    linear.weight = nn.Parameter(AQLMTensor.from_hp(weight, _Settings.kwargs["scheme"]), requires_grad=False)
     error = compute_error(nn.functional.linear(x, weight), torch.compile(linear)(x))
     assert cast("Tensor", error) > _Settings.LINEAR_MIN_SQNR
 
