@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["AQLMScheme"]
 
-_PATTERN = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
+_PATTERN = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?", re.ASCII)
 _MAX_NBITS = 16
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from aqlm_tensor.kernels import ops
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["REMEDY", "bind", "transposed"]
+__all__ = ["REMEDY", "bind", "linear_of_parts", "transposed"]
 
 aten = torch.ops.aten
 implements = AQLMTensor.implements
@@ -39,18 +39,31 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     if tangent is not None:  # forward-mode AD: the ops define only the backward, and would drop the tangent silently
         y = forward_ad.make_dual(_linear(primal, w), _linear(tangent, w))
         return y if bias is None else y + bias
-    if _autocast_enabled(x.device.type):  # the op is opaque to autocast: cast what it would cast for a dense linear
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, codebooks, scales = x.to(dtype), codebooks.to(dtype), scales.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     if w.orientation == "matrix":
-        return _call(ops.linear, x, codes, codebooks, scales, bias)
+        return linear_of_parts(x, codes, codebooks, scales, bias)
+    x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     y = _call(ops.linear_input_grad, x, codes, codebooks, scales)
     if bias is None:
         return y
     if bias.shape != y.shape[-1:]:
         raise ValueError(f"bias must have shape {tuple(y.shape[-1:])}, got {tuple(bias.shape)}")
     return y + bias
+
+
+def linear_of_parts(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with the weight that the three tensors stand for; see `aqlm_tensor.kernels.ops` for shapes."""
+    x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
+    return _call(ops.linear, x, codes, codebooks, scales, bias)
+
+
+def _autocast(
+    x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype if it is on: the ops are opaque to it."""
+    if not _autocast_enabled(x.device.type):
+        return x, codebooks, scales, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _call(op: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor.kernels import ops
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.tensor_ops import linear_of_parts
 
 __all__ = ["trainable"]
 
@@ -28,7 +28,7 @@ class _TrainableLinear(nn.Linear):
     scales: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
-        return ops.linear(input, self.codes, self.codebooks, self.scales, self.bias)
+        return linear_of_parts(input, self.codes, self.codebooks, self.scales, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -39,7 +39,7 @@ def test_parse(text: str, fields: tuple[int, ...], printed: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "2", "x8", "2x", "2x8g", "2x8o", "2x8g8o", "2X8", " 2x8", "2x8 ", "2x8\n", "2x8o2g8", "-2x8", "2x-8", "2.0x8",
-     "2x8g8g8", "aqlm_2x8", "2x8g8o1x"],
+     "2x8g8g8", "aqlm_2x8", "2x8g8o1x", "\uff12x8"],
 )  # fmt: skip
 def test_unknown_schemes_show_the_form(text: str) -> None:
     with pytest.raises(ValueError, match="unknown scheme .*write KxN, KxNgG or KxNgGoH.*for example '2x8'"):

@@ -78,6 +78,17 @@ def test_weight_is_readable_inside_and_restored_after_an_exception() -> None:
     assert torch.equal(model[0].weight.dequantize(), dense)
 
 
+def test_autocast_casts_the_parts() -> None:
+    model = quantized()
+    x = torch.randn(3, 64)
+    with trainable(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        y.float().square().sum().backward()
+        assert model[0].codebooks.grad.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0.05, atol=0.05)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="no AQLM layer"), trainable(mlp()):
         pass
