@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else.
-# On Linux, PyPI's torch brings several GB of CUDA libraries. For the small CPU build:
-#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# On Linux pip's default torch brings several GB of CUDA libraries; PyTorch's install page names an index with small
+# CPU builds, which pip takes from the environment: make demo PIP_EXTRA_INDEX_URL=...
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -P -m pip install -c constraints.txt
