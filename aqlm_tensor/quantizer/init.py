@@ -12,9 +12,10 @@ from aqlm_tensor.quantizer.refine import scatter_add
 __all__ = ["initial_codebooks"]
 
 _MIN_POINTS = 1 << 14
-_MIN_POINTS_ALONE = 1 << 17  # with one codebook later rounds are k-means too, and only slowly correct a small sample
+_MIN_POINTS_ALONE = 1 << 20  # with one codebook later rounds are k-means too, and only slowly correct a small sample
 _POINTS_PER_ENTRY = 16
 _CHUNK_ELEMENTS = 1 << 22
+_OVERSTEP = 1.6  # past each cluster's mean: Lloyd's steps are short, this gains about a third of the iterations
 
 
 def initial_codebooks(
@@ -72,10 +73,11 @@ def _kmeans(
     moments = ((points @ own) * weights[:, None, None]).flatten(1)
     weighted_metric = (own * weights[:, None, None]).flatten(1)
     assigned, distance = _assign(points, own, column, metric, centres)
-    for _ in range(iterations):
+    for number in range(iterations):
         left = scatter_add(weighted_metric, assigned, size).view(size, group, group)
         right = scatter_add(moments, assigned, size).view(size, height, group)
-        centres = _solve(left, right, centres)
+        step = _OVERSTEP if number < iterations - 1 else 1.0
+        centres = centres + step * (_solve(left, right, centres) - centres)
         filled = torch.bincount(assigned, minlength=size) > 0
         empty = (~filled).nonzero()[:, 0]
         if len(empty) and len(empty) < number:
