@@ -100,6 +100,18 @@ class Kernel:
         return getattr(importlib.import_module(self.module), op)
 
 
+def _cuda(name: str) -> Kernel:
+    return Kernel(
+        name,
+        f"aqlm_tensor.kernels.{name}",
+        device_types=("cuda",),
+        requires=("cuda.core",),
+        remedy="pip install 'aqlm-tensor[cuda]'",
+    )
+
+
+# Fastest first where several can run. On one H100, one token of 2x8g8: partial sums, then lookup; up to 64 tokens:
+# lookup; beyond, decoding pieces for cuBLAS.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "numba",
@@ -108,6 +120,10 @@ KERNELS: tuple[Kernel, ...] = (
         requires=("numba",),
         remedy="pip install 'aqlm-tensor[cpu]'",
     ),
+    _cuda("cuda_partial_sums"),
+    _cuda("cuda_lookup"),
+    _cuda("cuda_float32"),
+    _cuda("cuda_dequantize"),
     Kernel("torch", "aqlm_tensor.kernels.reference", fast=False),
 )
 
