@@ -1,6 +1,7 @@
 """Decode whole weights on NVIDIA GPUs, and multiply many tokens by decoding a piece of the weight at a time.
 
-Decoding is bound by writing the dense weight. For more than some hundred tokens a product is bound by arithmetic, and
+Decoding is bound by memory: 8192 x 28672 from 2x8g8 takes 200 us on one H100, 2.6 TB/s read and written where a plain
+copy moves 3.0. For more than some hundred tokens a product is bound by arithmetic, and
 cuBLAS on decoded pieces is hard to beat; the pieces reuse one workspace of at most 128 MiB, so no dense weight is ever
 kept. Gradients with respect to the input take the same road at every size: `grad @ W` reads the decoded rows as they
 are. For schemes of up to eight codebooks of at most 256 entries over groups of 8 inputs.
@@ -118,9 +119,10 @@ def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) 
     )
     with cuda_runtime.on_device(out.device):
         kernel = cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, out.device.index, shared_bytes)
-        processors, _ = cuda_runtime.device_limits(out.device.index)
+        processors, limit = cuda_runtime.device_limits(out.device.index)
+        resident = 2 if 2 * (shared_bytes + 1024) <= limit else 1  # more of them write no faster (one H100)
         turns = rows * -(-groups // _GROUPS_PER_TURN)
-        grid = (min(-(-turns // _WARPS), 4 * processors), partitions, 1)
+        grid = (min(-(-turns // _WARPS), max(1, resident * processors // partitions)), partitions, 1)
         values = (
             codes.data_ptr(),
             codebooks.data_ptr(),

@@ -57,7 +57,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     """
     out = x.new_empty(1, codes.shape[0])
     if not out.numel() or not codes.numel():
-        return out.copy_(0 if bias is None else bias)
+        return out.zero_() if bias is None else out.copy_(bias)
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     if (codes.data_ptr() | codes.stride(0)) % _LANE_BYTES:
         codes = codes.clone(memory_format=torch.contiguous_format)

@@ -128,7 +128,7 @@ def compile_source(source: str, defines: Iterable[tuple[str, int]], arch: str) -
     Raises:
         RuntimeError: if NVRTC reports an error; the message holds its log.
     """
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program, ProgramOptions  # pyright: ignore[reportAttributeAccessIssue]
 
     options = ProgramOptions(
         name=source,
@@ -143,7 +143,7 @@ def compile_source(source: str, defines: Iterable[tuple[str, int]], arch: str) -
 @functools.cache
 def _toolchain_digest() -> bytes:
     """Identifies everything that decides a compiled kernel besides its name, constants and target."""
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
     digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()).encode())
     for path in sorted(_SOURCES.iterdir()):
@@ -280,8 +280,8 @@ def load_kernel(
             f"the CUDA kernel {entry} is not loaded yet and cannot be loaded while a CUDA graph is captured: "
             "run the layer once with the same number of rows before the capture"
         )
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
+    from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+    from cuda.core import Device, ObjectCode  # pyright: ignore[reportAttributeAccessIssue]
 
     with torch.cuda.device(index):
         torch.cuda.current_stream()
