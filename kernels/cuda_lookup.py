@@ -173,7 +173,9 @@ def choose_plan(shape: Shape, processors: int, limit: int) -> Plan | None:
 
     Devices with less shared memory than Hopper's get fewer copies of the codebooks, then fewer warps.
     """
-    variant = next(v for v in VARIANTS if v.token_tiles * 8 >= shape.tokens)
+    # With four codebooks the variant for 64 tokens is the faster one from 17 on: 156 us against 176 for 8192 x 28672.
+    fitting = [v for v in VARIANTS if v.token_tiles * 8 >= shape.tokens and (shape.books < 4 or v.token_tiles != 4)]
+    variant = fitting[0]
     variant = replace(variant, groups_per_lane=min(variant.groups_per_lane, 16 // shape.books))
     for copies in (8, 4, 2, 1):
         for warps in (variant.warps, variant.warps // 2):

@@ -118,20 +118,15 @@ __device__ __forceinline__ uint4 look_up(const u8* books, const u32 (&words)[kWo
   return *reinterpret_cast<const uint4*>(books + offset + BOOK / 2 * kTableBytes + BOOK % 2 * kHalfBytes);
 }
 
-// What is multiplied for the lane's group STEP. In bfloat16 it is the sum of the entries: the packed adds write straight
-// into the fragments' registers, which one multiply per codebook could not do without a move per register. The sum of
-// two float16 entries may exceed float16's range, so there each codebook is multiplied by itself.
-constexpr int kProducts = DTYPE_BF16 ? 1 : NUM_BOOKS;
-
+// The eight weights (before the scale) of the lane's group STEP. The packed adds write straight into the fragments'
+// registers, which one multiply per codebook could not do without a move per register.
 template <int STEP, int BOOK = NUM_BOOKS - 1>
-__device__ __forceinline__ void decode(const u8* books, const u32 (&words)[kWords], u32 column,
-                                       uint4 (&products)[kProducts]) {
+__device__ __forceinline__ uint4 decode(const u8* books, const u32 (&words)[kWords], u32 column) {
   uint4 entry = look_up<STEP * NUM_BOOKS + BOOK, BOOK>(books, words, column);
-  if constexpr (BOOK > 0) decode<STEP, BOOK - 1>(books, words, column, products);
-  if constexpr (kProducts > 1 || BOOK == 0) {
-    products[kProducts > 1 ? BOOK : 0] = entry;
+  if constexpr (BOOK == 0) {
+    return entry;
   } else {
-    products[0] = add_entries(products[0], entry);
+    return add_entries(decode<STEP, BOOK - 1>(books, words, column), entry);
   }
 }
 
@@ -143,13 +138,9 @@ __device__ __forceinline__ uint4 load_x(const Place& at, const u8* slot, int tok
   return *reinterpret_cast<const uint4*>(slot + place);
 }
 
-__device__ __forceinline__ void multiply_pair(float (&acc)[4], const uint4 (&low)[kProducts],
-                                              const uint4 (&high)[kProducts], const uint4& x) {
-#pragma unroll
-  for (int i = 0; i < kProducts; ++i) {
-    mma_16x8x16(acc, low[i].x, high[i].x, low[i].y, high[i].y, x.x, x.y);
-    mma_16x8x16(acc, low[i].z, high[i].z, low[i].w, high[i].w, x.z, x.w);
-  }
+__device__ __forceinline__ void multiply_pair(float (&acc)[4], const uint4& low, const uint4& high, const uint4& x) {
+  mma_16x8x16(acc, low.x, high.x, low.y, high.y, x.x, x.y);
+  mma_16x8x16(acc, low.z, high.z, low.w, high.w, x.z, x.w);
 }
 
 template <int STEP, int TILES>
@@ -162,18 +153,16 @@ __device__ __forceinline__ void multiply_step(const Place& at, const u8* books, 
     for (int t = 0; t < TOKEN_TILES; ++t) x[t] = load_x<STEP>(at, slot, t);
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      uint4 low[kProducts], high[kProducts];
-      decode<STEP>(books, codes[r][0], column, low);
-      decode<STEP>(books, codes[r][1], column, high);
+      uint4 low = decode<STEP>(books, codes[r][0], column), high = decode<STEP>(books, codes[r][1], column);
 #pragma unroll
       for (int t = 0; t < TOKEN_TILES; ++t) multiply_pair(acc[r][t], low, high, x[t]);
     }
   } else {  // hold the decoded row tiles, take x one token tile at a time
-    uint4 low[TILES][kProducts], high[TILES][kProducts];
+    uint4 low[TILES], high[TILES];
 #pragma unroll
     for (int r = 0; r < TILES; ++r) {
-      decode<STEP>(books, codes[r][0], column, low[r]);
-      decode<STEP>(books, codes[r][1], column, high[r]);
+      low[r] = decode<STEP>(books, codes[r][0], column);
+      high[r] = decode<STEP>(books, codes[r][1], column);
     }
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; ++t) {
@@ -207,7 +196,7 @@ __device__ __forceinline__ void multiply_tiles(const Place& at, int tiles, const
 }
 
 // Sum the k warps' accumulators of one batch in fixed order and write the batch's outputs.
-__device__ __forceinline__ void reduce_and_store(const LinearParams& p, float* sums, int tile0, int tiles,
+__device__ __forceinline__ void reduce_and_store(const LinearParams& p, float* sums, float unit, int tile0, int tiles,
                                                  const float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
   constexpr int span = 16 * kTilesPerRound * ROW_WARPS;  // rows of one round
   constexpr int pitch = span + 4;                        // conflict-free for the fragment layout
@@ -246,6 +235,7 @@ __device__ __forceinline__ void reduce_and_store(const LinearParams& p, float* s
       float sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < kKWarps; ++k) sum += sums[(k * p.tokens + token) * pitch + row];
+      sum *= unit;
       if (gridDim.y > 1) {
         p.partial[(static_cast<long long>(blockIdx.y) * p.tokens + token) * all_rows + o] = sum;
       } else {
@@ -265,17 +255,55 @@ __device__ __forceinline__ void prefetch_scales(const LinearParams& p, int tile0
   if (p.bias) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.bias + o));
 }
 
-// Each entry once per copy; lanes start at different columns so that the stores are free of bank conflicts too.
-__device__ __forceinline__ void fill_books(const LinearParams& p, u8* books) {
+// The power of two by which entries are divided so that no sum of one entry per codebook leaves the range of float16;
+// 1 unless a codebook holds entries near the end of that range, and always in bfloat16. `largest` is scratch.
+__device__ __forceinline__ float headroom(const uint4* entries, u32* largest) {
+#if DTYPE_BF16 || NUM_BOOKS == 1
+  return 1.0f;
+#else
+  if (threadIdx.x == 0) *largest = 0;
+  __syncthreads();
+  u32 most = 0;  // finite magnitudes compare like their bits
+  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += WARPS * 32) {
+    const uint4 entry = entries[i];
+    const u32 words[4] = {entry.x, entry.y, entry.z, entry.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const u32 low = words[w] & 0x7fff, high = words[w] >> 16 & 0x7fff;
+      if (low < 0x7c00) most = max(most, low);
+      if (high < 0x7c00) most = max(most, high);
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
+  if (threadIdx.x % 32 == 0) atomicMax(largest, most);
+  __syncthreads();
+  return to_float(static_cast<u16>(*largest)) * NUM_BOOKS > 65504.0f ? NUM_BOOKS : 1.0f;
+#endif
+}
+
+__device__ __forceinline__ u32 divide_pair(u32 pair, float divisor) {
+  return pack(to_float(static_cast<u16>(pair)) / divisor, to_float(static_cast<u16>(pair >> 16)) / divisor);
+}
+
+// Each entry once per copy; lanes start at different columns so that the stores are free of bank conflicts too. Returns
+// what the products must be multiplied by.
+__device__ __forceinline__ float fill_books(const LinearParams& p, u8* books, u32* scratch) {
   const uint4* from = reinterpret_cast<const uint4*>(p.books) + (static_cast<long long>(blockIdx.z) * NUM_BOOKS << NBITS);
+  const float divisor = headroom(from, scratch);
 #pragma unroll 2
   for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += WARPS * 32) {
     int book = i >> NBITS, entry = i & ((1 << NBITS) - 1);
     uint4 value = from[i];
+    if (divisor != 1.0f) {
+      value = make_uint4(divide_pair(value.x, divisor), divide_pair(value.y, divisor), divide_pair(value.z, divisor),
+                         divide_pair(value.w, divisor));
+    }
     u8* to = books + book / 2 * kTableBytes + entry * kRowBytes + book % 2 * kHalfBytes;
 #pragma unroll
     for (int c = 0; c < COPIES; ++c) *reinterpret_cast<uint4*>(to + (c + threadIdx.x) % COPIES * 16) = value;
   }
+  return divisor;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const __grid_constant__ LinearParams p) {
@@ -328,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
     stage_x(p, slots, first_block, group_thread);
     fetch(first_tile, first_block);
   }
-  fill_books(p, books);
+  const float unit = fill_books(p, books, reinterpret_cast<u32*>(sums));
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
 #endif
@@ -366,6 +394,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
       }
       multiply_tiles<ROW_TILES>(at, mine, books, staged, now, column, acc);
     }
-    reduce_and_store(p, sums, tile0, tiles, acc);
+    reduce_and_store(p, sums, unit, tile0, tiles, acc);
   }
 }

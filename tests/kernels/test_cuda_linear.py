@@ -92,6 +92,17 @@ def test_layer_shapes(scheme: str, in_features: int, out_features: int, rows: in
     assert error < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
 
 
+@pytest.mark.parametrize("scheme", ["2x8g8", "4x8g8"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_entries_near_the_end_of_float16(scheme: str, rows: int) -> None:
+    """Sums of entries may leave float16's range although the weight, scaled, does not."""
+    codes, codebooks, scales, _, x = random_layer(scheme, 256, 64, rows, torch.float16)
+    codebooks = (codebooks.float().clamp(-2, 2) * 32_000).half()
+    scales = (scales.float() / 100_000).half()
+    y = cuda_lookup.linear(x, codes, codebooks, scales, None)
+    assert relative_error(y, x.double() @ dense(codes, codebooks, scales).T) < 1e-3
+
+
 @pytest.mark.parametrize("partitions", [2, 3])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_partitions(partitions: int, rows: int) -> None:
