@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aqlm_tensor import AQLMTensor, aqlm_2x8
+from aqlm_tensor import AQLMTensor, SolverConfig, aqlm_2x8
 from aqlm_tensor.cli_output import failures, phase
 from aqlm_tensor.cli_quantize import batched, quantize_with_bar
 from aqlm_tensor.cli_run import perplexity_with_bar
@@ -33,6 +33,7 @@ DATA = Path(__file__).parent / "data"
 PROMPT = "What is the capital of France?"
 SEQLEN = 1024
 NSAMPLES = 12
+SOLVER = SolverConfig(max_rounds=2)  # the default of 8 takes twice as long and lowers a layer's error by about 5 %
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -71,7 +72,10 @@ def run(output: Path, max_blocks: int | None) -> None:
     dense = measure(model, tokenizer, "dense")
     tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
     batches = batched(sample_windows(tokens, NSAMPLES, SEQLEN))
-    report = quantize_with_bar(model, aqlm_2x8(), batches, max_blocks=max_blocks)
+    console.print(
+        f"\n[bold]quantizing[/] on {NSAMPLES} windows of {SEQLEN} tokens, {SOLVER.max_rounds} rounds a layer, no fine-tuning"
+    )
+    report = quantize_with_bar(model, aqlm_2x8(solver=SOLVER), batches, max_blocks=max_blocks)
     console.print(str(report))
     with phase(f"saving {output}"):
         save_model(model, tokenizer, output, force=True)
