@@ -1,10 +1,11 @@
 """Which kernel runs, and why: a static table of kernels, asked in order.
 
 Every kernel is a module with the functions `supports(problem)`, `linear`, `linear_input_grad` and `dequantize` over
-plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), and `invalidate(codes)` if it caches anything.
-The first kernel in `KERNELS` whose `supports` answers None runs. The choice depends only on the `Problem`, never on
-timing, so the same call gives the same bits in every process. `force_kernel` or the environment variable
-AQLM_TENSOR_KERNEL names one kernel instead; if it cannot run the problem, that is an error with its reason.
+plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), `invalidate(codes)` if it caches anything, and
+`slower_than_next(problem)` if a measured crossover makes a later row the better choice for some problems. The first
+kernel in `KERNELS` that both questions pass runs. The choice depends only on the `Problem`, never on timing, so the
+same call gives the same bits in every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL names one
+kernel instead; if it cannot run the problem, that is an error with its reason.
 """
 
 import contextlib
@@ -95,6 +96,14 @@ class Kernel:
             return f"needs {' and '.join(missing)}: {self.remedy}"
         return importlib.import_module(self.module).supports(problem)
 
+    def why_not_chosen(self, problem: Problem) -> str | None:
+        """The reason why this kernel is passed over unless forced: it cannot run, or a later one is faster here."""
+        reason = self.why_not(problem)
+        if reason is not None:
+            return reason
+        slower = getattr(importlib.import_module(self.module), "slower_than_next", None)
+        return None if slower is None else slower(problem)
+
     def function(self, op: Op) -> Callable[..., torch.Tensor]:
         """The kernel's implementation of an op."""
         return getattr(importlib.import_module(self.module), op)
@@ -171,8 +180,8 @@ def record() -> Iterator[list[tuple[Op, str]]]:
 
 
 def explain(problem: Problem) -> list[tuple[Kernel, str | None]]:
-    """Every kernel of the table with the reason why it cannot run the problem, or None; the first None is chosen."""
-    return [(kernel, kernel.why_not(problem)) for kernel in KERNELS]
+    """Every kernel of the table with the reason why it is passed over, or None; the first None is chosen."""
+    return [(kernel, kernel.why_not_chosen(problem)) for kernel in KERNELS]
 
 
 def invalidate(codes: torch.Tensor) -> None:
