@@ -30,7 +30,7 @@ from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize
 from aqlm_tensor.sequential import find_blocks, sample_windows
 
 DATA = Path(__file__).parent / "data"
-PROMPT = "What is the capital of France?"
+PROMPT = "Write one sentence about the sea."
 SEQLEN = 1024
 NSAMPLES = 12
 SOLVER = SolverConfig(max_rounds=2)  # the default of 8 takes twice as long and lowers a layer's error by about 5 %
@@ -73,7 +73,8 @@ def run(output: Path, max_blocks: int | None) -> None:
     tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
     batches = batched(sample_windows(tokens, NSAMPLES, SEQLEN))
     console.print(
-        f"\n[bold]quantizing[/] on {NSAMPLES} windows of {SEQLEN} tokens, {SOLVER.max_rounds} rounds a layer, no fine-tuning"
+        f"\n[bold]quantizing[/] after calibration on {NSAMPLES} windows of {SEQLEN} tokens; "
+        f"{SOLVER.max_rounds} rounds a layer, no fine-tuning"
     )
     report = quantize_with_bar(model, aqlm_2x8(solver=SOLVER), batches, max_blocks=max_blocks)
     console.print(str(report))
@@ -124,6 +125,10 @@ def show(dense: Measured, quantized: Measured) -> None:
     table.add_row("tokens/s", f"{dense.answer.tokens_per_second:.1f}", f"{quantized.answer.tokens_per_second:.1f}")
     table.add_row(PROMPT, dense.answer.text, quantized.answer.text)
     console.print(table)
+    console.print(
+        "At 2 bits a model of 135 M parameters keeps its language and loses much of what it knew; large ones lose"
+    )
+    console.print("little. This one was calibrated on encyclopedia text for a minute and not fine-tuned.")
 
 
 def _model_folder() -> Path:
