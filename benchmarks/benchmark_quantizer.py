@@ -25,7 +25,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
-from aqlm_tensor import aqlm_2x8, quantize_
+from aqlm_tensor import AQLMWeightConfig, SolverConfig, aqlm_2x8, quantize_
 from aqlm_tensor.cli_output import failures, note
 from aqlm_tensor.cli_quantize import batched, quantize_with_bar
 from aqlm_tensor.cli_run import perplexity_with_bar
@@ -49,6 +49,7 @@ class Row:
     evaluation_tokens: int
     peak_memory_gb: float
     scheme: str
+    max_rounds: int
     threads: int
     cpu: str
     torch: str
@@ -64,6 +65,7 @@ class Run:
     evaluation: torch.Tensor
     seqlen: int
     output: Path
+    config: AQLMWeightConfig
     dense: float = float("nan")
 
     def measure(self, model: Any, what: str, blocks: int, seconds: float) -> None:
@@ -81,7 +83,8 @@ class Run:
             calibration_tokens=sum(batch.numel() for batch in self.calibration) if what == "calibrated" else 0,
             evaluation_tokens=len(self.evaluation),
             peak_memory_gb=round(peak / 1e9, 3),
-            scheme="2x8g8",
+            scheme=self.config.scheme,
+            max_rounds=self.config.solver.max_rounds,
             threads=torch.get_num_threads(),
             cpu=_cpu(),
             torch=torch.__version__,
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[10, 30], help="measure after so many blocks")
     parser.add_argument("--data-free", type=int, default=10, help="blocks quantized without data; 0 leaves it out")
     parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--max-rounds", type=int, default=SolverConfig().max_rounds, help="of the layer solver")
     parser.add_argument("--calibration-seqlen", type=int, default=1024)
     parser.add_argument("--seqlen", type=int, default=2048, help="window of the perplexity")
     parser.add_argument(
@@ -122,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
     length = arguments.calibration_seqlen
     count = min(arguments.nsamples, len(calibration) // length)
     samples = [calibration[None, index * length : (index + 1) * length] for index in range(count)]
-    bench = Run(batched(samples), evaluation, arguments.seqlen, arguments.output)
+    config = aqlm_2x8(solver=SolverConfig(max_rounds=arguments.max_rounds))
+    bench = Run(batched(samples), evaluation, arguments.seqlen, arguments.output, config)
     note(f"{count} calibration windows of {length} tokens; {len(evaluation)} evaluation tokens")
     bench.measure(model, "dense", 0, 0.0)
     calibrated(bench, model, sorted(arguments.blocks))
@@ -130,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
         del model
         model, _ = load_model(source)
         start = time.monotonic()
-        quantize_(model, aqlm_2x8(), in_blocks(model, arguments.data_free))
+        quantize_(model, config, in_blocks(model, arguments.data_free))
         bench.measure(model, "data-free", arguments.data_free, time.monotonic() - start)
 
 
@@ -146,7 +151,7 @@ def calibrated(bench: Run, model: Any, stops: list[int]) -> None:
             bench.measure(model, "calibrated", done, before - start - evaluating)
             evaluating += time.monotonic() - before
 
-    quantize_with_bar(model, aqlm_2x8(), bench.calibration, max_blocks=stops[-1], after_block=between)
+    quantize_with_bar(model, bench.config, bench.calibration, max_blocks=stops[-1], after_block=between)
 
 
 def _tokens(tokenizer: Any, text: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
