@@ -3,21 +3,17 @@
 SmolLM2-135M-Instruct (GGUF Q4_1 dequantized to float32) is calibrated on the first windows of a text and evaluated on
 the last fifth of the same text, or on a text of its own. Blocks are quantized in order, each calibrated on the output
 of the quantized blocks before it; perplexity is measured dense, after the first k blocks, and once with the first ten
-blocks quantized without data. Each measurement is appended to a CSV as soon as it is there.
+blocks quantized without data. The CSV is written anew after each measurement.
 """
 
 import argparse
-import csv
 import datetime as dt
 import importlib.util
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,9 @@ from aqlm_tensor.cli_quantize import batched, quantize_with_bar
 from aqlm_tensor.cli_run import perplexity_with_bar
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from aqlm_tensor.sequential import in_blocks
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
+from harness import provenance, write_csv
 
 HERE = Path(__file__).parent
 EVALUATION_SHARE = 0.2
@@ -50,11 +49,6 @@ class Row:
     peak_memory_gb: float
     scheme: str
     max_rounds: int
-    threads: int
-    cpu: str
-    torch: str
-    commit: str
-    date: str
 
 
 @dataclass
@@ -67,6 +61,7 @@ class Run:
     output: Path
     config: AQLMWeightConfig
     dense: float = float("nan")
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(self, model: Any, what: str, blocks: int, seconds: float) -> None:
         """Evaluate, print and append a row."""
@@ -85,16 +80,12 @@ class Run:
             peak_memory_gb=round(peak / 1e9, 3),
             scheme=self.config.scheme,
             max_rounds=self.config.solver.max_rounds,
-            threads=torch.get_num_threads(),
-            cpu=_cpu(),
-            torch=torch.__version__,
-            commit=_commit(),
-            date=_today(),
         )
         print(
             f"{what}, {blocks} blocks: perplexity {value:.4f}, {row.ratio:.4f} times dense, {seconds:.0f} s", flush=True
         )
-        _append(self.output, asdict(row))
+        self.rows.append(asdict(row))
+        write_csv(self.output, self.rows, provenance(("torch", "transformers", "numba", "aqlm-tensor")))
 
 
 def main() -> None:
@@ -165,36 +156,6 @@ def _tokens(tokenizer: Any, text: Path | None) -> tuple[torch.Tensor, torch.Tens
     tokens = tokenize(tokenizer, text.read_text(encoding="utf-8"))
     border = len(tokens) - int(EVALUATION_SHARE * len(tokens))
     return tokens[:border], tokens[border:]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _cpu() -> str:
-    """The processor's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _today() -> str:
-    return dt.datetime.now(dt.UTC).date().isoformat()
-
-
-def _commit() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return git.stdout.strip() or f"release {version('aqlm-tensor')}"
 
 
 if __name__ == "__main__":
