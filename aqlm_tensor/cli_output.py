@@ -88,7 +88,7 @@ def _quiet_libraries() -> None:
     """Silence notes of torch, torchao and Transformers that no user of a command can act on."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; our own bars tell more
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "aqlm_tensor.api"):  # the last repeats what `quantize` says
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
 

@@ -125,10 +125,8 @@ def show(dense: Measured, quantized: Measured) -> None:
     table.add_row("tokens/s", f"{dense.answer.tokens_per_second:.1f}", f"{quantized.answer.tokens_per_second:.1f}")
     table.add_row(PROMPT, dense.answer.text, quantized.answer.text)
     console.print(table)
-    console.print(
-        "At 2 bits a model of 135 M parameters keeps its language and loses much of what it knew; large ones lose"
-    )
-    console.print("little. This one was calibrated on encyclopedia text for a minute and not fine-tuned.")
+    console.print("At 2 bits a model of 135 M parameters keeps its language and loses much of what it knew; models of")
+    console.print("billions of parameters lose far less. This one was not fine-tuned.")
 
 
 def _model_folder() -> Path:
