@@ -262,7 +262,8 @@ def _quantized_info(files: TensorFiles, layer: str) -> TensorInfo:
         raise ValueError(f"{layer} has codes but lacks {', '.join(missing)}: the checkpoint is incomplete")
     headers = [files.header(f"{layer}.{part}") for part in _PARTS]
     try:
-        weight = AQLMTensor(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in headers))
+        codes, codebooks, scales = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in headers)
+        weight = AQLMTensor(codes, codebooks, scales)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the tensors of {layer} do not fit together: {error}") from None
     nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in headers)
@@ -325,7 +326,8 @@ def _read(files: TensorFiles, info: TensorInfo) -> Tensor:
     if info.scheme is None:
         return files.tensor(info.name)
     layer = info.name.removesuffix(".weight")
-    weight = AQLMTensor(*(files.tensor(f"{layer}.{part}") for part in _PARTS))
+    codes, codebooks, scales = (files.tensor(f"{layer}.{part}") for part in _PARTS)
+    weight = AQLMTensor(codes, codebooks, scales)
     try:
         weight.check_codes()
     except ValueError as error:
@@ -341,7 +343,7 @@ def _assign(home: _Home, tensor: Tensor) -> None:
         tensor = nn.Parameter(tensor, requires_grad=trains)
     for module, attribute in places:
         if isinstance(tensor, AQLMTensor) and isinstance(module, nn.Linear):
-            set_quantized(module, tensor)
+            set_quantized([module], tensor)
         else:
             setattr(module, attribute, tensor)
 

@@ -106,9 +106,7 @@ def _apply(target: Target, run: Run) -> None:
             return
         raise ValueError(f'{target.fqn} saw no data: run your data first, or pass on_unobserved="skip" or "data_free"')
     weight, error = _quantize(module.weight, config, hessian)
-    weight = nn.Parameter(weight, requires_grad=False)  # one object for all layers that share it
-    for layer in sharing:
-        set_quantized(layer, weight)
+    set_quantized(sharing, weight)
     _detach(sharing)
     report = LayerReport(
         target.fqn,

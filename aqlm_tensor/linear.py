@@ -1,6 +1,7 @@
 """An nn.Linear with an AQLM weight: still an nn.Linear."""
 
 import types
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -9,10 +10,12 @@ from aqlm_tensor.tensor import AQLMTensor
 __all__ = ["set_quantized"]
 
 
-def set_quantized(module: nn.Linear, weight: AQLMTensor) -> None:
-    """Make an AQLMTensor the weight of a linear layer, which prints its scheme from then on."""
-    module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-    module.extra_repr = types.MethodType(_linear_extra_repr, module)
+def set_quantized(layers: Sequence[nn.Linear], weight: AQLMTensor) -> None:
+    """Make an AQLMTensor the weight of linear layers, one parameter for all, which print its scheme from then on."""
+    parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    for layer in layers:
+        layer.weight = parameter
+        layer.extra_repr = types.MethodType(_linear_extra_repr, layer)
 
 
 def _linear_extra_repr(module: nn.Linear) -> str:

@@ -194,7 +194,8 @@ def _config_for(fqn: str, config: FqnToConfig, is_linear: bool) -> tuple[AOBaseC
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The lm_head of a Transformers model, wherever it sits; None for other models."""
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    output = getter() if callable(getter) else None
+    return output if isinstance(output, nn.Module) else None
 
 
 def _tied_to_others(model: nn.Module) -> dict[int, str]:

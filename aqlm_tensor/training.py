@@ -53,22 +53,21 @@ def trainable(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: if the model has no AQLM layer, or holds an AQLM weight outside of an nn.Linear of its own.
     """
-    layers = _aqlm_layers(model)
-    originals = [(layer, type(layer), layer.weight) for layer in layers]
+    originals = _aqlm_layers(model)
     spread: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     try:
-        for layer, _, weight in originals:
+        for layer, weight in originals:
             if id(weight) not in spread:
                 spread[id(weight)] = (nn.Parameter(weight.codebooks), nn.Parameter(weight.scales))
             _spread(layer, weight, *spread[id(weight)])
         yield model
     finally:
-        for layer, kind, weight in originals:
-            _gather(layer, kind, weight)
+        for layer, weight in originals:
+            _gather(layer, weight)
 
 
-def _aqlm_layers(model: nn.Module) -> list[nn.Linear]:
-    layers = []
+def _aqlm_layers(model: nn.Module) -> list[tuple[nn.Linear, AQLMTensor]]:
+    layers: list[tuple[nn.Linear, AQLMTensor]] = []
     for fqn, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(parameter, AQLMTensor):
@@ -77,7 +76,7 @@ def _aqlm_layers(model: nn.Module) -> list[nn.Linear]:
                 raise ValueError(
                     f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: trainable handles nn.Linear only"
                 )
-            layers.append(module)
+            layers.append((module, parameter))
     if not layers:
         raise ValueError("the model has no AQLM layer to train: quantize_ or load it first")
     return layers
@@ -92,12 +91,12 @@ def _spread(layer: nn.Linear, weight: AQLMTensor, codebooks: nn.Parameter, scale
 
 
 @torch.no_grad()
-def _gather(layer: nn.Linear, kind: type[nn.Linear], weight: AQLMTensor) -> None:
+def _gather(layer: nn.Linear, weight: AQLMTensor) -> None:
     """Put the AQLM weight back, with whatever values, dtype and device its parts have by now."""
     if not isinstance(layer, _TrainableLinear):
         return
     codes, codebooks, scales = layer.codes, layer.codebooks, layer.scales
     del layer.codes, layer.codebooks, layer.scales
-    layer.__class__ = kind
+    layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue] - what it was before
     weight.codes, weight.codebooks, weight.scales = codes, codebooks.detach(), scales.detach()
-    set_quantized(layer, weight)
+    set_quantized([layer], weight)

@@ -8,8 +8,9 @@ inside compiled code only; addresses are integers in bytes. Everything here is i
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 __all__ = [
     "VectorType",
@@ -35,6 +36,9 @@ __all__ = [
     "zero_tuple",
     "zeros",
 ]
+
+# Any: calls leave out the typing context that the decorated function takes first, which no type checker follows
+intrinsic: Any = extending.intrinsic
 
 
 class VectorType(types.Type):

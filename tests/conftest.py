@@ -10,7 +10,7 @@ _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [hypot
 
 # `make test` must give the same verdict every time, so its examples are fixed; `make test-full` explores.
 hypothesis.settings.register_profile("default", max_examples=25, derandomize=True, database=None, **_COMMON)
-hypothesis.settings.register_profile("full", max_examples=300, **_COMMON)
+hypothesis.settings.register_profile("full", max_examples=100, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

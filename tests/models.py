@@ -1,5 +1,7 @@
 """Small models that the tests quantize, and a solver that does as little as possible."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ def config(scheme: str = "2x4g8", **fields: object) -> AQLMWeightConfig:
     return AQLMWeightConfig(scheme, solver=QUICK, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def mlp() -> nn.Sequential:
+def mlp() -> Any:
     """Three linear layers "0", "2", "4" of different shapes, all divisible by 8."""
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 96, bias=False), nn.ReLU(), nn.Linear(96, 64))
 

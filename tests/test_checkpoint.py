@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_too_small_a_disk_is_said_before_writing(
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no AQLM weight"):
         save(mlp(), tmp_path / "out")
-    square = nn.Sequential(nn.Linear(64, 64))
+    square: Any = nn.Sequential(nn.Linear(64, 64))
     quantize_(square, config())
     with pytest.raises(ValueError, match="size is a positive number"):
         save(square, tmp_path / "out", max_shard_size="many")
@@ -248,9 +249,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def test_partitioned_codebooks_survive(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(64, 128))
-    halves = [AQLMTensor.from_hp(torch.randn(64, 64), "1x4g8", seed=seed) for seed in (0, 1)]
+    model: Any = nn.Sequential(nn.Linear(64, 128))
+    halves: list[torch.Tensor] = [AQLMTensor.from_hp(torch.randn(64, 64), "1x4g8", seed=seed) for seed in (0, 1)]
     model[0].weight = nn.Parameter(torch.cat(halves), requires_grad=False)
-    assert model[0].weight.partitions == 2
+    assert model[0].weight.codebooks.shape == (2, 1, 16, 1, 8)
     save(model, tmp_path / "out")
     assert same(model, load(nn.Sequential(nn.Linear(64, 128)), tmp_path / "out"))

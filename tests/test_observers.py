@@ -1,6 +1,7 @@
 """prepare and convert: X^T X is exact for every layer, shared where inputs are, whatever the order of calls."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_calibrated_codes_lower_the_activation_error() -> None:
     torch.manual_seed(1)
     mix = torch.randn(64, 64) @ torch.diag(torch.linspace(0.01, 3, 64))
     x = torch.randn(500, 64) @ mix
-    dense = nn.Sequential(nn.Linear(64, 256))
+    dense: Any = nn.Sequential(nn.Linear(64, 256))
     blind, calibrated = copy.deepcopy(dense), copy.deepcopy(dense)
     quantize_(blind, config())
     quantize_(calibrated, config(step="prepare"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from aqlm_tensor import AQLMScheme, AQLMTensor
 from aqlm_tensor.hf_model import find_model, load_model, save_model
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             out, inner = layer.weight.shape
             codes = torch.randint(-128, 128, scheme.codes_shape(out, inner), dtype=torch.int8)
             books = torch.randn(scheme.codebooks_shape) * layer.weight.std() / 2**0.5
-            set_quantized(layer, AQLMTensor(codes, books, torch.ones(out, 1, 1, 1)))
+            set_quantized([layer], AQLMTensor(codes, books, torch.ones(out, 1, 1, 1)))
     save_model(model, tokenizer, root / "quantized")
     return {"dense": root / "dense", "quantized": root / "quantized"}
 
