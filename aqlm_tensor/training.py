@@ -53,21 +53,19 @@ def trainable(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: if the model has no AQLM layer, or holds an AQLM weight outside of an nn.Linear of its own.
     """
-    originals = _aqlm_layers(model)
-    spread: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    weights = _aqlm_weights(model)
     try:
-        for layer, weight in originals:
-            if id(weight) not in spread:
-                spread[id(weight)] = (nn.Parameter(weight.codebooks), nn.Parameter(weight.scales))
-            _spread(layer, weight, *spread[id(weight)])
+        for weight, layers in weights:
+            _spread(layers, weight)
         yield model
     finally:
-        for layer, weight in originals:
-            _gather(layer, weight)
+        for weight, layers in weights:
+            _gather(layers, weight)
 
 
-def _aqlm_layers(model: nn.Module) -> list[tuple[nn.Linear, AQLMTensor]]:
-    layers: list[tuple[nn.Linear, AQLMTensor]] = []
+def _aqlm_weights(model: nn.Module) -> list[tuple[AQLMTensor, list[nn.Linear]]]:
+    """Each AQLM weight of the model with the layers that share it."""
+    weights: dict[int, tuple[AQLMTensor, list[nn.Linear]]] = {}
     for fqn, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(parameter, AQLMTensor):
@@ -76,27 +74,33 @@ def _aqlm_layers(model: nn.Module) -> list[tuple[nn.Linear, AQLMTensor]]:
                 raise ValueError(
                     f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: trainable handles nn.Linear only"
                 )
-            layers.append((module, parameter))
-    if not layers:
+            weights.setdefault(id(parameter), (parameter, []))[1].append(module)
+    if not weights:
         raise ValueError("the model has no AQLM layer to train: quantize_ or load it first")
-    return layers
+    return list(weights.values())
 
 
-def _spread(layer: nn.Linear, weight: AQLMTensor, codebooks: nn.Parameter, scales: nn.Parameter) -> None:
-    del layer.weight
-    layer.register_buffer("codes", weight.codes)
-    layer.register_parameter("codebooks", codebooks)
-    layer.register_parameter("scales", scales)
-    layer.__class__ = _TrainableLinear
+def _spread(layers: list[nn.Linear], weight: AQLMTensor) -> None:
+    codebooks, scales = nn.Parameter(weight.codebooks), nn.Parameter(weight.scales)
+    for layer in layers:
+        del layer.weight
+        layer.register_buffer("codes", weight.codes)
+        layer.register_parameter("codebooks", codebooks)
+        layer.register_parameter("scales", scales)
+        layer.__class__ = _TrainableLinear
 
 
 @torch.no_grad()
-def _gather(layer: nn.Linear, weight: AQLMTensor) -> None:
+def _gather(layers: list[nn.Linear], weight: AQLMTensor) -> None:
     """Put the AQLM weight back, with whatever values, dtype and device its parts have by now."""
-    if not isinstance(layer, _TrainableLinear):
-        return
-    codes, codebooks, scales = layer.codes, layer.codebooks, layer.scales
-    del layer.codes, layer.codebooks, layer.scales
-    layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue] - what it was before
-    weight.codes, weight.codebooks, weight.scales = codes, codebooks.detach(), scales.detach()
-    set_quantized([layer], weight)
+    for layer in layers:
+        if not isinstance(layer, _TrainableLinear):  # an exception came before this one was spread
+            continue
+        codes, codebooks, scales = layer.codes, layer.codebooks.detach(), layer.scales.detach()
+        del layer.codes, layer.codebooks, layer.scales
+        layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue] - what it was before
+        if (codebooks.dtype, codes.device) == (weight.dtype, weight.device):
+            weight.codes, weight.codebooks, weight.scales = codes, codebooks, scales
+        else:  # cast or moved inside the block: a tensor cannot change its own dtype or device
+            weight = AQLMTensor(codes, codebooks, scales)
+    set_quantized(layers, weight)

@@ -80,6 +80,18 @@ def test_weight_is_readable_inside_and_restored_after_an_exception() -> None:
     assert torch.equal(model[0].weight.dequantize(), dense)
 
 
+def test_cast_inside_the_block_stays() -> None:
+    model = TiedLM()
+    quantize_(model, config())
+    with trainable(model):
+        model.to(torch.bfloat16)
+    assert isinstance(model.first.weight, AQLMTensor)
+    assert model.first.weight is model.second.weight
+    assert model.first.weight.dtype == model.first.weight.codebooks.dtype == torch.bfloat16
+    model.eval()
+    assert model(torch.arange(5)).dtype == torch.bfloat16
+
+
 def test_autocast_casts_the_parts() -> None:
     model = quantized()
     x = torch.randn(3, 64)
