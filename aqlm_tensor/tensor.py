@@ -253,7 +253,7 @@ class AQLMTensor(TorchAOBaseTensor):
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1]
     for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
+        strides.append(strides[-1] * max(size, 1))  # as torch has it for empty tensors
     return tuple(reversed(strides))
 
 
