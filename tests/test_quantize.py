@@ -217,7 +217,7 @@ def test_progress_and_summary() -> None:
 
 def test_data_free_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     aqlm_tensor.api._say_data_free_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="aqlm_tensor.api"):
         quantize_(mlp(), config())
         quantize_(mlp(), config())
     assert sum("without data" in record.message for record in caplog.records) == 1
