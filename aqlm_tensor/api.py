@@ -12,7 +12,7 @@ from torchao.quantization import FqnToConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from aqlm_tensor.handler import LayerReport, Run, current_run
-from aqlm_tensor.quantizer.observers import observer_of
+from aqlm_tensor.quantizer.observers import detach_observers, observer_of
 from aqlm_tensor.targets import FilterFn, Target, find_targets
 
 __all__ = ["QuantizationReport", "quantize_"]
@@ -114,11 +114,8 @@ def _observed(targets: list[Target], skipped: dict[str, str]) -> list[Target]:
             'on_unobserved="skip" (leave them dense) or "data_free"'
         )
     passed_over = {id(target.module) for target in unobserved if target.config.on_unobserved == "skip"}
-    for target in unobserved:
-        observer = observer_of(target.module)
-        if id(target.module) in passed_over and observer is not None:
-            observer.detach()
-            skipped[target.fqn] = "it saw no data"
+    detach_observers(target.module for target in unobserved if id(target.module) in passed_over)
+    skipped.update({target.fqn: "it saw no data" for target in unobserved if id(target.module) in passed_over})
     return [target for target in targets if id(target.module) not in passed_over]
 
 

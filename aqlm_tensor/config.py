@@ -12,6 +12,7 @@ from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
 from aqlm_tensor.quantizer.solver import SolverConfig
 from aqlm_tensor.scheme import AQLMScheme
+from aqlm_tensor.tensor import FLOATS
 
 __all__ = [
     "AQLMWeightConfig",
@@ -23,8 +24,6 @@ __all__ = [
     "aqlm_4x8",
     "aqlm_8x8",
 ]
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -66,7 +65,7 @@ class AQLMWeightConfig(AOBaseConfig):
             raise TypeError(f"solver must be a SolverConfig, got {type(self.solver).__name__}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {self.seed!r}")
-        if self.codebook_dtype is not None and self.codebook_dtype not in _FLOATS:
+        if self.codebook_dtype is not None and self.codebook_dtype not in FLOATS:
             raise ValueError(
                 f"codebook_dtype must be None, float32, float16 or bfloat16 (of torch), got {self.codebook_dtype!r}"
             )

@@ -17,7 +17,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.quantizer.layer import quantize_layer
-from aqlm_tensor.quantizer.observers import Observer, observer_of
+from aqlm_tensor.quantizer.observers import Observer, detach_observers, observer_of
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.targets import Target, check_layer, why_incompatible
 from aqlm_tensor.tensor import AQLMTensor
@@ -102,12 +102,12 @@ def _apply(target: Target, run: Run) -> None:
     hessian, tokens = _hessian(sharing) if config.step == "convert" else (None, 0)
     if config.step == "convert" and hessian is None and config.on_unobserved != "data_free":
         if config.on_unobserved == "skip":
-            _detach(sharing)
+            detach_observers(sharing)
             return
         raise ValueError(f'{target.fqn} saw no data: run your data first, or pass on_unobserved="skip" or "data_free"')
     weight, error = _quantize(module.weight, config, hessian)
     set_quantized(sharing, weight)
-    _detach(sharing)
+    detach_observers(sharing)
     report = LayerReport(
         target.fqn,
         config.scheme,
@@ -142,10 +142,3 @@ def _hessian(sharing: list[nn.Linear]) -> tuple[Tensor | None, int]:
     for hessian, _ in seen[1:]:
         total = total + hessian
     return total, sum(tokens for _, tokens in seen)
-
-
-def _detach(layers: list[nn.Linear]) -> None:
-    for layer in layers:
-        observer = observer_of(layer)
-        if observer is not None:
-            observer.detach()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aqlm_tensor.api import QuantizationReport, quantize_
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.handler import LayerReport
-from aqlm_tensor.quantizer.observers import observer_of
+from aqlm_tensor.quantizer.observers import detach_observers
 from aqlm_tensor.targets import find_targets
 from aqlm_tensor.tensor import AQLMTensor
 
@@ -243,7 +243,7 @@ class _Run:
                 done = functools.partial(self._layer_done, index)
                 quantize_(self.model, replace(self.config, step="convert"), _members(linears), on_layer=done)
         finally:
-            _detach_observers(block)
+            detach_observers(block.modules())
         if index + 1 < self.blocks:
             with _dense_weights(block):
                 self.calls.hidden = self._pass("propagate", index)
@@ -269,13 +269,6 @@ def _members(modules: Sequence[nn.Module]) -> Callable[[nn.Module, str], bool]:
 
 def _linears(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
-
-
-def _detach_observers(block: nn.Module) -> None:
-    for part in block.modules():
-        observer = observer_of(part)
-        if observer is not None:
-            observer.detach()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ was started with, and leaves it, with exactly what it had seen, the first time i
 import os
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from aqlm_tensor.quantizer.hessian import HessianAccumulator
 from aqlm_tensor.scheme import AQLMScheme
 
-__all__ = ["Observer", "observer_of"]
+__all__ = ["Observer", "detach_observers", "observer_of"]
 
 _ATTRIBUTE = "_aqlm_observer"
 _MEMORY_FRACTION = 0.5
@@ -154,6 +155,14 @@ class Observer:
 def observer_of(module: nn.Module) -> Observer | None:
     """The observer attached to a module, or None."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def detach_observers(modules: Iterable[nn.Module]) -> None:
+    """Remove the observers of those modules that have one."""
+    for module in modules:
+        observer = observer_of(module)
+        if observer is not None:
+            observer.detach()
 
 
 def _version(x: Tensor) -> int:
