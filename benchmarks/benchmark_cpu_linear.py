@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from aqlm_tensor.kernels import ops
-from aqlm_tensor.kernels.numba_linear import lookup_pays
+from aqlm_tensor.kernels.numba_linear import method
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
@@ -90,8 +90,11 @@ def limits_ms(setting: Setting, rows: int, threads: int, limits: Limits) -> dict
     """Least milliseconds for the codes' way from memory and for the lookups or multiplications of our kernel."""
     codes, codebooks, _ = setting.parts[0]
     memory = codes.nbytes / limits.bytes_read[threads]
-    if lookup_pays(rows, tuple(codes.shape), tuple(codebooks.shape)):
+    way = method(rows, codes.shape, codebooks.shape)
+    if way == "lookup":
         work = codes.numel() * -(-rows // 16) / limits.loads
+    elif way == "gather":  # 8 floats a load
+        work = codes.numel() * -(-rows // 4) * -(-codebooks.shape[-1] // 8) / limits.loads
     else:
         work = setting.in_features * setting.out_features * rows / limits.multiply_adds
     return {"limit_memory_ms": round(1e3 * memory, 3), "limit_work_ms": round(1e3 * work / threads, 3)}

@@ -32,23 +32,44 @@ from aqlm_tensor.kernels.numba_vectors import (
     float_at,
     lanes_of,
     load,
+    load_bfloat16,
     load_bits,
+    load_float16,
     multiply,
     splat,
     store,
     zeros,
 )
 
-__all__ = ["FIRST_FREE", "GROUP", "Weight", "decode_block", "decode_rows"]
+__all__ = [
+    "CODEBOOKS",
+    "FIRST_FREE",
+    "GROUP",
+    "LARGE_BOOKS",
+    "OUT_GROUP",
+    "SIZE",
+    "Weight",
+    "decode_block",
+    "decode_rows",
+    "entry_index",
+    "load_entry",
+    "row_addresses",
+]
 
 _FLOAT = 4  # bytes
 _ROWS_PER_ITEM = 16
 
 # Fields that describe a weight, after the head that numba_parallel defines; a kernel's own follow from FIRST_FREE on.
 _CODES, _ROW_BYTES, _BOOKS, _SCALES = range(3, 7)
-_CODEBOOKS, _SIZE, _OUT_GROUP, GROUP, _PART_ROWS = range(7, 12)
+CODEBOOKS, SIZE, OUT_GROUP, GROUP, _PART_ROWS = range(7, 12)
 FIRST_FREE = 12
 _OUT, _GROUPS, _FIRST_ROW, _LAST_ROW = range(FIRST_FREE, FIRST_FREE + 4)
+
+
+# Codebooks of more floats than this are read in the precision they are in: widening them at every call takes as long as
+# a small product, and they are short of room in the cache anyway. Smaller ones are faster to read in float32.
+LARGE_BOOKS = 1 << 17
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class Weight:
 
     Attributes:
         codes: [O/H, I/G, K] int8 or int16, contiguous but for the stride of its rows.
-        books: [P, K, 2^N, H, G] float32, contiguous.
+        books: [P, K, 2^N, H, G], contiguous, in float32 unless they are large.
         scales: [O/H, 1, 1, 1] float32, contiguous.
     """
 
@@ -72,12 +93,18 @@ class Weight:
         if codes.stride()[1:] != (num_codebooks, 1) or codes.stride(0) < groups * num_codebooks:
             codes = codes.contiguous()
         books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
-        return cls(codes, as_float32(books), as_float32(scales))
+        books = books.contiguous() if books.numel() > LARGE_BOOKS else as_float32(books)
+        return cls(codes, books, as_float32(scales))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.codes.shape[0] * self.books.shape[3], self.codes.shape[1] * self.books.shape[4]
+
+    @property
+    def types(self) -> tuple[bool, int]:
+        """What compiled code is specialised on: whether codes have 16 bits, and the kind of float of the books."""
+        return self.codes.element_size() == 2, _KINDS[self.books.dtype]
 
     def frame(self, items: int, *fields: int) -> "array[int]":
         """A frame whose head says how many items there are and that holds this weight and a kernel's own fields."""
@@ -94,67 +121,88 @@ def decode_rows(weight: Weight, start: int, stop: int) -> Tensor:
     items = -(-out.shape[0] // _ROWS_PER_ITEM)
     frame = weight.frame(items, out.data_ptr(), weight.codes.shape[1], start, stop)
     work = out.numel() * weight.books.shape[1] // 8
-    run(_kernel(weight.codes.element_size() == 2), frame, threads_for(items, work))
+    run(_kernel(*weight.types), frame, threads_for(items, work))
     return out
 
 
 @functools.cache
-def _kernel(wide: bool) -> Kernel:
-    """The compiled decoder of 8-bit or (wide) 16-bit codes."""
+def _kernel(wide: bool, kind: int) -> Kernel:
+    """The compiled decoder for a weight of such types."""
     digest = source_digest()
 
     def kernel(f) -> None:  # noqa: ANN001
-        _take_items(f, wide, digest)
+        _take_items(f, wide, kind, digest)
 
     return compile_kernel(kernel)
 
 
 @njit(**OPTIONS)
-def _take_items(f, wide, digest) -> None:  # noqa: ANN001, ARG001
+def _take_items(f, wide, kind, digest) -> None:  # noqa: ANN001, ARG001
     width = f[_GROUPS] * f[GROUP]
     item = fetch_add(address_of(f) + 8 * NEXT_ITEM)
     while item < f[ITEMS]:
         start = f[_FIRST_ROW] + item * _ROWS_PER_ITEM
         rows = min(_ROWS_PER_ITEM, f[_LAST_ROW] - start)
         out = f[_OUT] + item * _ROWS_PER_ITEM * width * _FLOAT
-        decode_block(f, wide, start, rows, 0, f[_GROUPS], out, width * _FLOAT)
+        decode_block(f, wide, kind, start, rows, 0, f[_GROUPS], out, width * _FLOAT)
         item = fetch_add(address_of(f) + 8 * NEXT_ITEM)
 
 
 @njit(**OPTIONS)
-def decode_block(f, wide, first_row, rows, first_group, groups, out, out_row_bytes) -> None:  # noqa: ANN001
+def row_addresses(f, kind, row):  # noqa: ANN001, ANN201
+    """(codes, codebooks, scale) of a row of the weight that frame f describes: two addresses and a value."""
+    out_group, part = divmod(row, f[OUT_GROUP])
+    item_bytes = 2 if kind else _FLOAT
+    partition = out_group // f[_PART_ROWS]
+    entry = partition * f[CODEBOOKS] * f[SIZE] * f[OUT_GROUP] + part
+    scale = float_at(f[_SCALES] + _FLOAT * out_group)
+    return f[_CODES] + out_group * f[_ROW_BYTES], f[_BOOKS] + entry * f[GROUP] * item_bytes, scale
+
+
+@njit(**OPTIONS)
+def entry_index(codes, wide, codebook, size):  # noqa: ANN001, ANN201
+    """The index that the code of a codebook stands for; `codes` is the address of a group's first code."""
+    return (load_bits(codes + 2 * codebook, 16) if wide else load_bits(codes + codebook, 8)) & (size - 1)
+
+
+@njit(**OPTIONS)
+def load_entry(address, zero, kind):  # noqa: ANN001, ANN201
+    """Values of an entry, as a vector of the type of `zero`."""
+    if kind == 0:
+        return load(address, zero)
+    return load_bfloat16(address, zero) if kind == 1 else load_float16(address, zero)
+
+
+@njit(**OPTIONS)
+def decode_block(f, wide, kind, first_row, rows, first_group, groups, out, out_row_bytes) -> None:  # noqa: ANN001
     """Write rows x groups of the weight that frame f describes, scaled, to `out` (compiled code)."""
-    group, num_codebooks = f[GROUP], f[_CODEBOOKS]
-    code_bytes = 2 if wide else 1
+    group, num_codebooks, size = f[GROUP], f[CODEBOOKS], f[SIZE]
+    entry_bytes = (2 if kind else _FLOAT) * f[OUT_GROUP] * group
     for row in range(first_row, first_row + rows):
-        out_group, part = divmod(row, f[_OUT_GROUP])
-        scale = float_at(f[_SCALES] + _FLOAT * out_group)
-        codes = f[_CODES] + out_group * f[_ROW_BYTES] + first_group * num_codebooks * code_bytes
-        entry_bytes = _FLOAT * f[_OUT_GROUP] * group
-        partition = out_group // f[_PART_ROWS]
-        books = f[_BOOKS] + partition * num_codebooks * f[_SIZE] * entry_bytes + part * group * _FLOAT
+        codes, books, scale = row_addresses(f, kind, row)
+        codes += first_group * num_codebooks * (2 if wide else 1)
         if group == 8 and num_codebooks == 2:
-            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, 2, 8, scale, groups, out, zeros(8))
+            _decode_row(codes, wide, kind, books, size, entry_bytes, 2, 8, scale, groups, out, zeros(8))
         elif group == 8 and num_codebooks == 1:
-            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, 1, 8, scale, groups, out, zeros(8))
+            _decode_row(codes, wide, kind, books, size, entry_bytes, 1, 8, scale, groups, out, zeros(8))
         elif group % 8 == 0:
-            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(8))
+            _decode_row(codes, wide, kind, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zeros(8))
         elif group % 4 == 0:
-            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(4))
+            _decode_row(codes, wide, kind, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zeros(4))
         else:
-            _decode_row(codes, wide, books, f[_SIZE], entry_bytes, num_codebooks, group, scale, groups, out, zeros(1))
+            _decode_row(codes, wide, kind, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zeros(1))
         out += out_row_bytes
 
 
 @njit(**OPTIONS)
-def _decode_row(codes, wide, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zero) -> None:  # noqa: ANN001
+def _decode_row(codes, wide, kind, books, size, entry_bytes, num_codebooks, group, scale, groups, out, zero) -> None:  # noqa: ANN001
+    item_bytes = 2 if kind else _FLOAT
     for _ in range(groups):
         for piece in range(0, group, lanes_of(zero)):
             total = zero
             for codebook in range(num_codebooks):
-                code = (load_bits(codes + 2 * codebook, 16) if wide else load_bits(codes + codebook, 8)) & (size - 1)
-                entry = books + (codebook * size + code) * entry_bytes
-                total = add(total, load(entry + _FLOAT * piece, zero))
+                entry = books + (codebook * size + entry_index(codes, wide, codebook, size)) * entry_bytes
+                total = add(total, load_entry(entry + item_bytes * piece, zero, kind))
             store(out, multiply(total, splat(scale, zero)))
             out += _FLOAT * lanes_of(zero)
         codes += 2 * num_codebooks if wide else num_codebooks

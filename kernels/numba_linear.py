@@ -1,26 +1,38 @@
 """The CPU kernel, compiled with Numba: every scheme, every float dtype, the same bits for any number of threads.
 
-Few rows of x go through tables of partial dot products (numba_lookup), which needs codes of at most 8 bits; more rows,
-and wider codes, through blocks of the weight decoded into cache (numba_product). `lookup_pays` chooses between them
-from the problem's sizes alone.
+Few rows of x go through tables of partial dot products (numba_lookup) where codes have at most 8 bits and the weight
+enough rows to repay the tables, else they are multiplied with entries as these are gathered (numba_gather); more rows
+go through blocks of the weight decoded into cache (numba_product). `method` chooses from the problem's sizes alone.
 
 What it costs: the first call of each kind in a process loads a compiled function from Numba's cache on disk
 (milliseconds; `__pycache__` of this package, or the user's cache directory where that is read-only); the first ever on
 a machine compiles it, one to two seconds each. The lookup kernel keeps a repacked copy of the codes, as large as they
-are, until the codes are freed. float16 and bfloat16 operands are widened first; accumulation is in float32.
+are, until the codes are freed. float16 and bfloat16 operands are widened as they are read; sums are in float32.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from aqlm_tensor.kernels import numba_codes
+from aqlm_tensor.kernels.numba_decode import LARGE_BOOKS, Weight, decode_rows
+from aqlm_tensor.kernels.numba_gather import TOKENS, gather_linear
+from aqlm_tensor.kernels.numba_lookup import lookup_linear
+from aqlm_tensor.kernels.numba_parallel import as_float32
+from aqlm_tensor.kernels.numba_product import product, product_input_grad
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "lookup_pays", "supports"]
+__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "method", "supports"]
+
+Method = Literal["lookup", "gather", "product"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEQUANTIZE_ELEMENTS = 1 << 22  # decoded at a time where the result is not float32: 16 MB
+
+invalidate = numba_codes.invalidate
 
 
 def supports(problem: Problem) -> str | None:
@@ -34,26 +46,21 @@ def supports(problem: Problem) -> str | None:
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, I] times the transposed weight plus bias [O]: [M, O] in x's dtype, accumulated in float32."""
-    from aqlm_tensor.kernels.numba_decode import Weight
-    from aqlm_tensor.kernels.numba_lookup import lookup_linear
-    from aqlm_tensor.kernels.numba_parallel import as_float32
-    from aqlm_tensor.kernels.numba_product import product
-
     bias = None if bias is None else as_float32(bias)
     if x.shape[0] == 0 or codes.numel() == 0:
         y = x.new_zeros(x.shape[0], codes.shape[0] * codebooks.shape[-2], dtype=torch.float32)
         return (y if bias is None else y + bias).to(x.dtype)
-    if lookup_pays(x.shape[0], tuple(codes.shape), tuple(codebooks.shape)):
-        books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
-        return lookup_linear(x, codes, books, scales, bias).to(x.dtype)
-    return product(x, Weight.of(codes, codebooks, scales), bias).to(x.dtype)
+    way = method(x.shape[0], codes.shape, codebooks.shape)
+    if way == "lookup":
+        y = lookup_linear(x, codes, codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0), scales, bias)
+    else:
+        multiply = gather_linear if way == "gather" else product
+        y = multiply(x, Weight.of(codes, codebooks, scales), bias)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """Grad [M, O] times the weight: [M, I] in grad's dtype, accumulated in float32."""
-    from aqlm_tensor.kernels.numba_decode import Weight
-    from aqlm_tensor.kernels.numba_product import product_input_grad
-
     if grad.shape[0] == 0 or codes.numel() == 0:
         return grad.new_zeros(grad.shape[0], codes.shape[1] * codebooks.shape[-1])
     return product_input_grad(grad, Weight.of(codes, codebooks, scales)).to(grad.dtype).contiguous()
@@ -61,8 +68,6 @@ def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Te
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """The dense weight [O, I] in the codebooks' dtype, each element rounded once from float32."""
-    from aqlm_tensor.kernels.numba_decode import Weight, decode_rows
-
     weight = Weight.of(codes, codebooks, scales)
     out_features, in_features = weight.shape
     if codebooks.dtype == torch.float32:
@@ -74,40 +79,50 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def invalidate(codes: Tensor) -> None:
-    """Forget the repacked copies of the storage that these codes lie in."""
-    from aqlm_tensor.kernels.numba_codes import invalidate
-
-    invalidate(codes)
-
-
 @functools.lru_cache(maxsize=1024)
-def lookup_pays(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> bool:
-    """Whether tables are expected to be faster than blocks of the decoded weight for so many rows of x."""
+def method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> Method:
+    """The way that is expected to be fastest for so many rows of x."""
     partitions, num_codebooks, size, out_group, group = (1, *books_shape)[-5:]
-    if size > 256:
-        return False
-    out_groups, columns = codes_shape[0], codes_shape[1] * num_codebooks
-    lookup = 0.0
-    for start in range(0, rows, _SWEEP_TOKENS):
-        per_lookup, per_product = next(
-            cost for lanes, *cost in _SWEEP_COSTS if lanes >= min(rows - start, _SWEEP_TOKENS)
-        )
-        lookup += columns * out_group * (out_groups * per_lookup + partitions * size * group * per_product)
-    weights = out_groups * out_group * codes_shape[1] * group
-    product = weights * (_DECODE_COST * (1 + num_codebooks / 2) / min(group, 8) + _PRODUCT_COST * (-(-rows // 6) * 6))
-    return lookup <= product
+    codes = codes_shape[0] * out_group * codes_shape[1] * num_codebooks  # to be looked up
+    weights = codes // num_codebooks * group
+    table = codes_shape[1] * num_codebooks * out_group * partitions * size * group
+    gather = _GATHER_LARGE if num_codebooks * size * group > LARGE_BOOKS else _GATHER
+
+    def by_gather(tokens: int) -> float:
+        return -(-group // 8) * codes * (gather + (0.4 + 0.2 * tokens) / num_codebooks)
+
+    def by_lookup(lanes: int) -> float:
+        per_lookup, per_product = _LOOKUP_COSTS[lanes]
+        return per_lookup * codes + per_product * table
+
+    decode = _DECODE_COST * (1 + num_codebooks / 2) / min(group, 8)
+    costs: dict[Method, float] = {
+        "gather": _swept(rows, TOKENS, by_gather),
+        "product": weights * (decode + _PRODUCT_COST * (-(-rows // 6) * 6)),
+    }
+    if size <= 256:
+        costs["lookup"] = _LOOKUP_CALL + _swept(rows, tuple(_LOOKUP_COSTS), by_lookup)
+    return min(costs, key=costs.__getitem__)
 
 
-# The cost model, in nanoseconds, fitted to one core of an AMD EPYC (Zen 4) at 4096 x 11008. Only ratios matter, and
-# they differ little between processors because both sides are bound by the L1 cache and the vector units; being
-# constants, they make the same choice, and so the same bits, in every process.
-_SWEEP_TOKENS = 16
-_SWEEP_COSTS = (  # lanes, per lookup, per entry and input of a table
-    (1, 0.20, 0.06),
-    (4, 0.31, 0.20),
-    (8, 0.38, 0.22),
-    (16, 0.60, 0.28),
-)
-_DECODE_COST = 0.8  # per group of at most 8, half of it again for each codebook
+def _swept(rows: int, widths: tuple[int, ...], cost: Callable[[int], float]) -> float:
+    """The cost of passes over the codes that serve up to widths[-1] rows of x each."""
+    whole, rest = divmod(rows, widths[-1])
+    last = next(width for width in widths if width >= rest)
+    return whole * cost(widths[-1]) + (cost(last) if rest else 0.0)
+
+
+# The cost model, in nanoseconds, fitted to one core of an AMD EPYC (Zen 4). Only ratios matter, and they differ little
+# between processors because every way is bound by the caches and the vector units; being constants, they make the
+# same choice, and so the same bits, in every process.
+_LOOKUP_CALL = 15_000.0  # more than the others need before they begin
+_LOOKUP_COSTS = {  # lanes: per lookup, per entry and input of a table
+    1: (0.28, 0.06),
+    4: (0.35, 0.20),
+    8: (0.45, 0.22),
+    16: (0.70, 0.28),
+}
+_GATHER = 0.3  # per code and 8 floats
+_GATHER_LARGE = 1.0  # the same from books that the second-level cache does not hold
+_DECODE_COST = 1.1  # per group of at most 8, half of it again for each codebook
 _PRODUCT_COST = 0.0185  # per multiplication and addition

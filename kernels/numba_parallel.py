@@ -24,6 +24,7 @@ import torch
 from numba import cfunc, types
 from numba.core.ccallback import CFunc
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
     "ITEMS",
@@ -34,6 +35,7 @@ __all__ = [
     "as_float32",
     "compile_kernel",
     "make_frame",
+    "padded_float32",
     "run",
     "source_digest",
     "threads_for",
@@ -104,6 +106,12 @@ def make_frame(items: int, *fields: int) -> "array[int]":
 def as_float32(tensor: Tensor) -> Tensor:
     """The tensor itself if it is contiguous float32, else a copy that is."""
     return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+
+
+def padded_float32(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x in float32, contiguous, zero-padded to multiples of `rows` and `columns`."""
+    right, below = -x.shape[1] % columns, -x.shape[0] % rows
+    return F.pad(x.float(), (0, right, 0, below)).contiguous() if right or below else as_float32(x)
 
 
 def run(kernel: Kernel, frame: "array[int]", threads: int) -> None:

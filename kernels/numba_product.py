@@ -17,7 +17,6 @@ import torch
 from llvmlite import binding
 from numba import njit
 from torch import Tensor
-from torch.nn import functional as F
 
 from aqlm_tensor.kernels.numba_decode import FIRST_FREE, GROUP, Weight, decode_block
 from aqlm_tensor.kernels.numba_parallel import (
@@ -26,8 +25,8 @@ from aqlm_tensor.kernels.numba_parallel import (
     NEXT_SLOT,
     OPTIONS,
     Kernel,
-    as_float32,
     compile_kernel,
+    padded_float32,
     run,
     source_digest,
     threads_for,
@@ -67,8 +66,8 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x [M, I] times the transposed weight plus bias [O] (float32): [M, O] in float32."""
     out_features, in_features = weight.shape
     tokens = x.shape[0]
-    tile_rows, tile_tokens = _tile(tokens <= 2)
-    x = _padded(x, tile_tokens, _LANES)
+    tile_rows, tile_tokens = _tile()
+    x = padded_float32(x, tile_tokens, _LANES)
     y = torch.empty(tokens, out_features, dtype=torch.float32)
     group = weight.books.shape[-1]
     chunk = _LANES * max(1, _FORWARD_COLUMNS // (_LANES * group))  # groups; a multiple of the lanes in columns
@@ -80,7 +79,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         x.data_ptr(), x.stride(0), y.data_ptr(), out_features, tokens, 0 if bias is None else bias.data_ptr(),
         scratch.data_ptr(), out_features, in_features // group, chunk, width,
     )  # fmt: skip
-    run(_forward_kernel(weight.codes.element_size() == 2, tokens <= 2), weight.frame(items, *fields), threads)
+    run(_forward_kernel(*weight.types), weight.frame(items, *fields), threads)
     return y
 
 
@@ -88,8 +87,8 @@ def product_input_grad(grad: Tensor, weight: Weight) -> Tensor:
     """Grad [M, O] times the weight: [M, I] in float32."""
     out_features, in_features = weight.shape
     tokens = grad.shape[0]
-    tile_columns, tile_tokens = _tile(False)
-    grad = _padded(grad, tile_tokens, 1)
+    tile_columns, tile_tokens = _tile()
+    grad = padded_float32(grad, tile_tokens, 1)
     group = weight.books.shape[-1]
     step = math.lcm(group, 4 * _LANES)  # columns: whole groups and whole tiles of at most 4 vectors
     width = step * max(1, _GRAD_COLUMNS // step)
@@ -101,49 +100,38 @@ def product_input_grad(grad: Tensor, weight: Weight) -> Tensor:
         grad.data_ptr(), grad.stride(0), out.data_ptr(), out.stride(0), tokens, 0,
         scratch.data_ptr(), out_features, in_features // group, width // group, width,
     )  # fmt: skip
-    run(_grad_kernel(weight.codes.element_size() == 2), weight.frame(items, *fields), threads)
+    run(_grad_kernel(*weight.types), weight.frame(items, *fields), threads)
     return out[:tokens, :in_features]
 
 
-def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x in float32, contiguous, zero-padded to multiples of `rows` and `columns`."""
-    right, below = -x.shape[1] % columns, -x.shape[0] % rows
-    return F.pad(x.float(), (0, right, 0, below)).contiguous() if right or below else as_float32(x)
-
-
 @functools.cache
-def _tile(few: bool) -> tuple[int, int]:
-    """(weight vectors, tokens) per tile of sums; a compiled variant for `few` tokens (at most 2) and one for more.
-
-    The tile for more fills 24 of 32 registers with AVX-512 and on ARM, and 12 of 16 with AVX2.
-    """
-    if few:
-        return 4, 2
+def _tile() -> tuple[int, int]:
+    """(weight vectors, tokens) per tile of sums: 24 of 32 registers with AVX-512, 12 of 16 with AVX2 and elsewhere."""
     return (4, 6) if binding.get_host_cpu_features().get("avx512f") else (2, 3)
 
 
 @functools.cache
-def _forward_kernel(wide: bool, few: bool) -> Kernel:
-    """The compiled forward product for 8-bit or (wide) 16-bit codes."""
+def _forward_kernel(wide: bool, kind: int) -> Kernel:
+    """The compiled forward product for a weight of such types."""
     digest = source_digest()
-    rows, tokens = _tile(few)
+    rows, tokens = _tile()
     sums = rows * tokens
 
     def kernel(f) -> None:  # noqa: ANN001
-        _forward_items(f, wide, zero_tuple(rows, 16), zero_tuple(tokens, 16), zero_tuple(sums, 16), digest)
+        _forward_items(f, wide, kind, zero_tuple(rows, 16), zero_tuple(tokens, 16), zero_tuple(sums, 16), digest)
 
     return compile_kernel(kernel)
 
 
 @functools.cache
-def _grad_kernel(wide: bool) -> Kernel:
-    """The compiled gradient product for 8-bit or (wide) 16-bit codes."""
+def _grad_kernel(wide: bool, kind: int) -> Kernel:
+    """The compiled gradient product for a weight of such types."""
     digest = source_digest()
-    columns, tokens = _tile(False)
+    columns, tokens = _tile()
     sums = columns * tokens
 
     def kernel(f) -> None:  # noqa: ANN001
-        _grad_items(f, wide, zero_tuple(columns, 16), zero_tuple(tokens, 16), zero_tuple(sums, 16), digest)
+        _grad_items(f, wide, kind, zero_tuple(columns, 16), zero_tuple(tokens, 16), zero_tuple(sums, 16), digest)
 
     return compile_kernel(kernel)
 
@@ -152,7 +140,7 @@ def _grad_kernel(wide: bool) -> Kernel:
 
 
 @njit(**OPTIONS)
-def _forward_items(f, wide, zero_weights, zero_tokens, zero_sums, digest) -> None:  # noqa: ANN001, ARG001
+def _forward_items(f, wide, kind, zero_weights, zero_tokens, zero_sums, digest) -> None:  # noqa: ANN001, ARG001
     address, width = address_of(f), f[_WIDTH]
     sums_bytes = _FLOAT * _LANES * len(zero_sums)
     slot = fetch_add(address + 8 * NEXT_SLOT)
@@ -169,7 +157,7 @@ def _forward_items(f, wide, zero_weights, zero_tokens, zero_sums, digest) -> Non
             for row in range(rows):
                 for column in range(columns, padded):
                     store_float(block + _FLOAT * (row * width + column), np.float32(0))
-            decode_block(f, wide, start, rows, group, groups, block, _FLOAT * width)
+            decode_block(f, wide, kind, start, rows, group, groups, block, _FLOAT * width)
             x = f[_X] + _FLOAT * group * f[GROUP]
             for token in range(0, f[_TOKENS], len(zero_tokens)):
                 for row in range(0, rows, len(zero_weights)):
@@ -206,7 +194,7 @@ def _add_to_y(f, sums, row, last_row, token, tile_rows, tile_tokens, group) -> N
 
 
 @njit(**OPTIONS)
-def _grad_items(f, wide, zero_weights, zero_tokens, zero_sums, digest) -> None:  # noqa: ANN001, ARG001
+def _grad_items(f, wide, kind, zero_weights, zero_tokens, zero_sums, digest) -> None:  # noqa: ANN001, ARG001
     address, width = address_of(f), f[_WIDTH]
     vector_bytes, vectors = _FLOAT * _LANES, len(zero_weights)
     sums_bytes = vector_bytes * len(zero_sums)
@@ -219,7 +207,7 @@ def _grad_items(f, wide, zero_weights, zero_tokens, zero_sums, digest) -> None: 
         groups = min(f[_ITEM_GROUPS], f[_GROUPS] - group)
         for start in range(0, f[_ROWS], _GRAD_ROWS):
             rows = min(_GRAD_ROWS, f[_ROWS] - start)
-            decode_block(f, wide, start, rows, group, groups, block, _FLOAT * width)
+            decode_block(f, wide, kind, start, rows, group, groups, block, _FLOAT * width)
             for token in range(0, f[_TOKENS], len(zero_tokens)):
                 grad = f[_X] + _FLOAT * (token * f[_X_ROW] + start)
                 out = f[_Y] + _FLOAT * (token * f[_Y_ROW] + item * width)

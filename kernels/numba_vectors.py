@@ -23,8 +23,10 @@ __all__ = [
     "inner_fma",
     "lanes_of",
     "load",
+    "load_bfloat16",
     "load_bits",
     "load_each",
+    "load_float16",
     "multiply",
     "splat",
     "splat_each",
@@ -101,6 +103,30 @@ def load(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         return builder.load(_pointer(builder, args[0], context.get_value_type(like)), align=4)
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def load_bfloat16(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
+    """The bfloat16 values at an address, widened to a vector of the type of `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        bits = builder.load(_pointer(builder, args[0], ir.VectorType(ir.IntType(16), like.lanes)), align=2)
+        words = builder.zext(bits, ir.VectorType(ir.IntType(32), like.lanes))
+        shift = ir.Constant(words.type, [16] * like.lanes)
+        return builder.bitcast(builder.shl(words, shift), context.get_value_type(like))
+
+    return like(types.int64, like), codegen
+
+
+@intrinsic
+def load_float16(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
+    """The float16 values at an address, widened to a vector of the type of `like`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        halves = builder.load(_pointer(builder, args[0], ir.VectorType(ir.HalfType(), like.lanes)), align=2)
+        return builder.fpext(halves, context.get_value_type(like))
 
     return like(types.int64, like), codegen
 

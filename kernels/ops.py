@@ -11,6 +11,7 @@ shape-only fakes and gradients to x, codebooks, scales and bias. All take plain 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -47,12 +48,19 @@ def weight_shape(codes: Tensor, codebooks: Tensor) -> tuple[int, int]:
     return codes.shape[-3] * codebooks.shape[-2], codes.shape[-2] * codebooks.shape[-1]
 
 
-def _problem(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Problem:
-    out_features, in_features = weight_shape(codes, codebooks)
-    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
-    return Problem(
-        op, scheme_of(codebooks), rows, in_features, out_features, partitions, codebooks.dtype, codebooks.device
-    )
+def _kernel(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Callable[..., Tensor]:
+    problem = _problem(op, rows, codes.shape, codebooks.shape, codebooks.dtype, codebooks.device)
+    return implementation(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    op: Op, rows: int, codes: torch.Size, codebooks: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Problem:
+    """The problem for codes and codebooks of such shapes; the same object every time, since making one takes 3 us."""
+    partitions, num_codebooks, size, out_group, group = (1, *codebooks)[-5:]
+    scheme = _scheme(num_codebooks, size, out_group, group)
+    return Problem(op, scheme, rows, codes[-2] * group, codes[-3] * out_group, partitions, dtype, device)
 
 
 def _check(
@@ -90,14 +98,15 @@ def _flat(x: Tensor) -> Tensor:
 def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight_shape(codes, codebooks)[1], codes, codebooks, scales, bias)
     flat = _flat(x)
-    kernel = implementation(_problem("linear", flat.shape[0], codes, codebooks))
-    return kernel(flat, codes, codebooks, scales, bias).view(*x.shape[:-1], weight_shape(codes, codebooks)[0])
+    return _kernel("linear", flat.shape[0], codes, codebooks)(flat, codes, codebooks, scales, bias).view(
+        *x.shape[:-1], weight_shape(codes, codebooks)[0]
+    )
 
 
 def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     _check(grad, weight_shape(codes, codebooks)[0], codes, codebooks, scales)
     flat = _flat(grad)
-    kernel = implementation(_problem("linear_input_grad", flat.shape[0], codes, codebooks))
+    kernel = _kernel("linear_input_grad", flat.shape[0], codes, codebooks)
     return kernel(flat, codes, codebooks, scales).view(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
 
 
@@ -108,7 +117,7 @@ def _linear_param_grad(
 
 
 def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    return implementation(_problem("dequantize", 0, codes, codebooks))(codes, codebooks, scales)
+    return _kernel("dequantize", 0, codes, codebooks)(codes, codebooks, scales)
 
 
 _SIGNATURES = {

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -65,6 +65,14 @@ class Problem:
     partitions: int
     dtype: torch.dtype
     device: torch.device
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once: a problem is the key under which its kernel is found at every call."""
+        return self._hash
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,13 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("cuda_lookup"),
     _cuda("cuda_float32"),
     _cuda("cuda_dequantize"),
+    Kernel(
+        "triton",
+        "aqlm_tensor.kernels.triton_linear",
+        device_types=("cuda",),
+        requires=("triton",),
+        remedy="pip install triton",
+    ),
     Kernel("torch", "aqlm_tensor.kernels.reference", fast=False),
 )
 

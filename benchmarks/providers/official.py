@@ -38,12 +38,13 @@ def official(parts: Sequence[Parts], x: Tensor, threads: int) -> Callable[[int],
     permuted = [(codes.transpose(0, 1).contiguous(), codebooks, scales) for codes, codebooks, scales in parts]
 
     def call(index: int) -> Tensor:
-        before = numba.get_num_threads()
+        before, torch_before = numba.get_num_threads(), torch.get_num_threads()
         numba.set_num_threads(threads)
         try:
             with torch.no_grad():
                 return numba_gemm_lut(x, *cast("tuple[Any, Any, Any]", permuted[index % len(permuted)]), None)
         finally:
             numba.set_num_threads(before)
+            torch.set_num_threads(torch_before)  # Numba's threading layer sets it, where both use the same OpenMP
 
     return call

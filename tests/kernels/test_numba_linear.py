@@ -4,6 +4,7 @@ from hypothesis import given
 
 from aqlm_tensor.kernels import numba_linear
 from aqlm_tensor.kernels.numba_decode import Weight
+from aqlm_tensor.kernels.numba_gather import gather_linear
 from aqlm_tensor.kernels.numba_lookup import lookup_linear
 from aqlm_tensor.kernels.numba_product import product
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear
@@ -24,6 +25,11 @@ def by_product(x, codes, codebooks, scales, bias):
     return product(x, Weight.of(codes, codebooks, scales), bias).to(x.dtype)
 
 
+def by_gather(x, codes, codebooks, scales, bias):
+    bias = None if bias is None else bias.float()
+    return gather_linear(x, Weight.of(codes, codebooks, scales), bias).to(x.dtype)
+
+
 @given(case=cases(schemes=narrow).filter(runnable))
 def test_lookup(case: Case) -> None:
     assert_linear(by_lookup, build(case))
@@ -32,6 +38,11 @@ def test_lookup(case: Case) -> None:
 @given(case=cases().filter(runnable))
 def test_product(case: Case) -> None:
     assert_linear(by_product, build(case))
+
+
+@given(case=cases().filter(runnable))
+def test_gather(case: Case) -> None:
+    assert_linear(by_gather, build(case))
 
 
 @given(case=cases())
