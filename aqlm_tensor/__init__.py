@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         aqlm_4x8,
         aqlm_8x8,
     )
+    from aqlm_tensor.fusion import FusionReport, fuse_, unfuse_
     from aqlm_tensor.scheme import AQLMScheme
     from aqlm_tensor.tensor import AQLMTensor
     from aqlm_tensor.training import trainable
@@ -30,6 +31,7 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
+    "FusionReport": "fusion",
     "QuantizationReport": "api",
     "SolverConfig": "config",
     "aqlm_1x8": "config",
@@ -38,16 +40,19 @@ _HOMES = {
     "aqlm_2x8": "config",
     "aqlm_4x8": "config",
     "aqlm_8x8": "config",
+    "fuse_": "fusion",
     "load": "checkpoint",
     "quantize_": "api",
     "save": "checkpoint",
     "trainable": "training",
+    "unfuse_": "fusion",
 }
 
 __all__ = [
     "AQLMScheme",
     "AQLMTensor",
     "AQLMWeightConfig",
+    "FusionReport",
     "QuantizationReport",
     "SolverConfig",
     "aqlm_1x8",
@@ -56,10 +61,12 @@ __all__ = [
     "aqlm_2x8",
     "aqlm_4x8",
     "aqlm_8x8",
+    "fuse_",
     "load",
     "quantize_",
     "save",
     "trainable",
+    "unfuse_",
 ]
 
 

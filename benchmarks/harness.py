@@ -20,7 +20,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "Timing", "copies_to_exceed_cache", "cpu_seconds", "provenance", "time_in_turn", "write_csv"]
+__all__ = [
+    "RESULTS",
+    "Timing",
+    "copies_to_exceed_cache",
+    "cpu_seconds",
+    "gpu_clocks",
+    "provenance",
+    "time_in_turn",
+    "write_csv",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -89,6 +98,17 @@ def provenance(packages: Sequence[str]) -> dict[str, str]:
         "device": _device(),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
     }
+
+
+def gpu_clocks() -> str:
+    """Clocks, temperature and power draw of the first GPU at this moment, as nvidia-smi reports them; read only."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        reported = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return "unknown"
+    return reported.stdout.strip().replace(", ", " / ") or "unknown"
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], origin: dict[str, str]) -> None:

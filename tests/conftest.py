@@ -6,6 +6,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported and its kernels are defined
+
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 
 # `make test` must give the same verdict every time, so its examples are fixed; `make test-full` explores.

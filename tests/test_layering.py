@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.quantizer",),
     ("aqlm_tensor.tensor", "aqlm_tensor.tensor_ops", "aqlm_tensor.tensor_views"),
     ("aqlm_tensor.linear",),
+    ("aqlm_tensor.fusion",),
     ("aqlm_tensor.checkpoint_io",),
     ("aqlm_tensor.checkpoint",),
     ("aqlm_tensor.config",),

@@ -1,0 +1,247 @@
+"""How fast does a whole language model generate on an NVIDIA GPU: dense, official AQLM (aqlm 1.1.7) and this library.
+
+    python -P benchmarks/benchmark_gpu_model.py
+    python -P benchmarks/benchmark_gpu_model.py --layers 8 --candidates dense "2x8g8, fused" --measures step
+
+A Transformers Llama of the shape of Llama-3-8B with random weights, batch 1, bfloat16. One model serves all candidates:
+its linear layers are replaced in place. Measured are
+
+    step            one decode step at a context of 128 tokens, captured as one CUDA graph, eager code
+    compiled step   the same of torch.compile(fullgraph=True)
+    generate        128 new tokens after 128, `generate` with a static cache and its automatic torch.compile
+    first token     the forward pass of a prompt of 128 and of 2048 tokens, eager
+    memory          the most that torch allocated in all of that, weights included
+
+Speed does not depend on the values of the weights; correctness of the layers is checked by benchmark_gpu_linear.py.
+Writes a CSV file to benchmarks/results/.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
+from harness import RESULTS, gpu_clocks, provenance, write_csv
+from providers.models import CANDIDATES, convert
+
+PROMPT = 128
+NEW_TOKENS = 128
+LONG_PROMPT = 2048
+MEASURES = ("first token", "step", "compiled step", "generate")
+
+
+def make_model(layers: int) -> Any:
+    """A Llama of 8B shape with so many layers, random weights, on the GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def seconds_of(call: Callable[[], Any], rounds: int) -> float:
+    """Median wall time of a call and the GPU work it starts, after one that does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def prompt_of(tokens: int) -> Tensor:
+    """Random token ids [1, tokens]."""
+    return torch.randint(1, 128256, (1, tokens), device="cuda")
+
+
+def first_token(model: Any, tokens: int) -> float:
+    """Seconds to the first token after a prompt."""
+    prompt = prompt_of(tokens)
+    return seconds_of(lambda: model(prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1), 5)
+
+
+def decode_step(model: Any, forward: Callable[..., Any]) -> float:
+    """Seconds of one decode step as a CUDA graph: token in, logits, argmax, token out."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW_TOKENS)
+    token = prompt_of(1)
+    model(prompt_of(PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def step() -> None:
+        logits = forward(token, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, loads kernels
+            step()
+            rewind()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(5):
+        rewind()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(NEW_TOKENS - 1):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / (NEW_TOKENS - 1))
+    return statistics.median(times[1:])
+
+
+def compiled_step(model: Any) -> float:
+    """`decode_step` of the model compiled whole."""
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, fullgraph=True)
+    return decode_step(model, compiled)
+
+
+def generate(model: Any, options: dict[str, Any] | None) -> float:
+    """Seconds of `generate` for NEW_TOKENS after PROMPT tokens; with torch.compile options other than the default."""
+    from transformers import CompileConfig
+
+    torch.compiler.reset()
+    model.__dict__.pop("_compiled_call", None)
+    prompt = prompt_of(PROMPT)
+    arguments: dict[str, Any] = {}
+    if options is not None:
+        arguments["compile_config"] = CompileConfig(**options)
+
+    def run() -> None:
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            cache_implementation="static",
+            **arguments,
+        )
+
+    run()
+    run()
+    return seconds_of(run, 3)
+
+
+# skipping the guards on modules is safe as long as the model is not changed
+RECIPE = {
+    "fullgraph": True,
+    "mode": None,
+    "options": {
+        "triton.cudagraphs": True,
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    },
+}
+
+
+def measure(model: Any, measures: list[str], console: Console) -> dict[str, Any]:
+    """One candidate's results: tokens per second, milliseconds, GiB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    result: dict[str, Any] = {"weights_GiB": round(torch.cuda.memory_allocated() / 2**30, 2)}
+    began = time.perf_counter()
+    columns: dict[str, dict[str, Callable[[], float]]] = {
+        "first token": {
+            "first_token_128_ms": lambda: 1e3 * first_token(model, PROMPT),
+            "first_token_2048_ms": lambda: 1e3 * first_token(model, LONG_PROMPT),
+        },
+        "step": {"step_tokens_per_s": lambda: 1 / decode_step(model, model.forward)},
+        "compiled step": {"compiled_step_tokens_per_s": lambda: 1 / compiled_step(model)},
+        "generate": {"generate_tokens_per_s": lambda: NEW_TOKENS / generate(model, None)},
+        "recipe": {"recipe_tokens_per_s": lambda: NEW_TOKENS / generate(model, RECIPE)},
+    }
+    for name, parts in columns.items():
+        for column, value in parts.items():
+            result[column] = round(value(), 2) if name in measures else ""
+            if name in measures:
+                console.print(f"  {column} {result[column]}  (at {time.perf_counter() - began:.0f} s)")
+    result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return result
+
+
+def main() -> None:
+    """Run the benchmark named by the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), help=f"of {', '.join(CANDIDATES)}")
+    parser.add_argument("--measures", nargs="+", default=[*MEASURES, "recipe"], help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_model.csv")
+    parser.add_argument("--profile", type=Path, help="also write the kernels of one eager step there")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is available to torch")
+    console = Console(width=110)
+    torch.manual_seed(0)
+    model = make_model(arguments.layers)
+    results: list[dict[str, Any]] = []
+    for candidate in arguments.candidates:
+        console.print(candidate)
+        reason = convert(model, candidate)
+        if reason is not None:
+            console.print(f"  left out: {reason}")
+            continue
+        with torch.inference_mode(False), torch.no_grad():
+            line = measure(model, arguments.measures, console)
+            if arguments.profile:
+                profile(model, candidate, arguments.profile)
+        results.append({"candidate": candidate, "layers": arguments.layers, **line, "clocks": gpu_clocks()})
+        write_csv(arguments.output, results, provenance(["torch", "transformers", "aqlm-tensor"]))
+    show(results, console)
+
+
+def profile(model: nn.Module, candidate: str, path: Path) -> None:
+    """Append the GPU time of each kernel in one eager decode step to a file."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    token = prompt_of(1)
+    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        model(token, use_cache=False)
+    with path.open("a") as file:
+        file.write(f"{candidate}\n{profiler.key_averages().table(sort_by='cuda_time_total', row_limit=25)}\n")
+
+
+def show(results: list[dict[str, Any]], console: Console) -> None:
+    """The results as a table."""
+    columns = [name for name in results[0] if name not in ("layers", "clocks")]
+    table = Table(*(name.replace("_", " ") for name in columns))
+    for line in results:
+        table.add_row(*(str(line[name]) for name in columns))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
