@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         aqlm_4x8,
         aqlm_8x8,
     )
+    from aqlm_tensor.decode_graph import DecodeGraph
     from aqlm_tensor.fusion import FusionReport, fuse_, unfuse_
     from aqlm_tensor.scheme import AQLMScheme
     from aqlm_tensor.tensor import AQLMTensor
@@ -31,6 +32,7 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
+    "DecodeGraph": "decode_graph",
     "FusionReport": "fusion",
     "QuantizationReport": "api",
     "SolverConfig": "config",
@@ -52,6 +54,7 @@ __all__ = [
     "AQLMScheme",
     "AQLMTensor",
     "AQLMWeightConfig",
+    "DecodeGraph",
     "FusionReport",
     "QuantizationReport",
     "SolverConfig",

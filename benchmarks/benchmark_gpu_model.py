@@ -7,8 +7,9 @@ A Transformers Llama of the shape of Llama-3-8B with random weights, batch 1, bf
 its linear layers are replaced in place. Measured are
 
     step            one decode step at a context of 128 tokens, captured as one CUDA graph, eager code
-    compiled step   the same of torch.compile(fullgraph=True)
-    generate        128 new tokens after 128, `generate` with a static cache and its automatic torch.compile
+    decode graph    the same of torch.compile(fullgraph=True), by aqlm_tensor.DecodeGraph; and 128 new tokens after 128
+                    by its `generate`
+    generate        128 new tokens after 128 by Transformers' `generate` with a static cache, compiled automatically
     first token     the forward pass of a prompt of 128 and of 2048 tokens, eager
     memory          the most that torch allocated in all of that, weights included
 
@@ -29,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from aqlm_tensor import DecodeGraph
+
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import RESULTS, gpu_clocks, provenance, write_csv
 from providers.models import CANDIDATES, convert
@@ -36,7 +39,7 @@ from providers.models import CANDIDATES, convert
 PROMPT = 128
 NEW_TOKENS = 128
 LONG_PROMPT = 2048
-MEASURES = ("first token", "step", "compiled step", "generate")
+MEASURES = ("first token", "step", "decode graph", "generate")
 
 
 def make_model(layers: int) -> Any:
@@ -84,87 +87,47 @@ def first_token(model: Any, tokens: int) -> float:
     return seconds_of(lambda: model(prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1), 5)
 
 
-def decode_step(model: Any, forward: Callable[..., Any]) -> float:
-    """Seconds of one decode step as a CUDA graph: token in, logits, argmax, token out."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW_TOKENS)
-    token = prompt_of(1)
-    model(prompt_of(PROMPT), past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def step() -> None:
-        logits = forward(token, past_key_values=cache, use_cache=True).logits
-        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(PROMPT)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, loads kernels
-            step()
-            rewind()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+def time_steps(replay: Callable[[], Any], cache: Any) -> float:
+    """Seconds of one captured decode step, from PROMPT tokens on."""
     times = []
     for _ in range(5):
-        rewind()
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(NEW_TOKENS - 1):
-            graph.replay()
+            replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / (NEW_TOKENS - 1))
     return statistics.median(times[1:])
 
 
-def compiled_step(model: Any) -> float:
-    """`decode_step` of the model compiled whole."""
+def decode_graph(model: Any, *, compile: bool) -> tuple[float, float]:  # noqa: A002 - torch's word
+    """Seconds of a captured step, and of NEW_TOKENS after a prompt by `generate` with it."""
     torch.compiler.reset()
-    compiled = torch.compile(model.forward, fullgraph=True)
-    return decode_step(model, compiled)
+    decoder = DecodeGraph(model, max_length=PROMPT + NEW_TOKENS, compile=compile)
+    prompt = prompt_of(PROMPT)
+
+    def run() -> None:
+        decoder.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    run()
+    assert decoder.replay is not None
+    return time_steps(decoder.replay, decoder.cache), seconds_of(run, 3)
 
 
-def generate(model: Any, options: dict[str, Any] | None) -> float:
-    """Seconds of `generate` for NEW_TOKENS after PROMPT tokens; with torch.compile options other than the default."""
-    from transformers import CompileConfig
-
+def generate(model: Any) -> float:
+    """Seconds of Transformers' `generate` for NEW_TOKENS after PROMPT tokens."""
     torch.compiler.reset()
     model.__dict__.pop("_compiled_call", None)
     prompt = prompt_of(PROMPT)
-    arguments: dict[str, Any] = {}
-    if options is not None:
-        arguments["compile_config"] = CompileConfig(**options)
 
     def run() -> None:
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            cache_implementation="static",
-            **arguments,
-        )
+        model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static")
 
-    run()
     run()
     return seconds_of(run, 3)
-
-
-# skipping the guards on modules is safe as long as the model is not changed
-RECIPE = {
-    "fullgraph": True,
-    "mode": None,
-    "options": {
-        "triton.cudagraphs": True,
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-    },
-}
 
 
 def measure(model: Any, measures: list[str], console: Console) -> dict[str, Any]:
@@ -173,21 +136,23 @@ def measure(model: Any, measures: list[str], console: Console) -> dict[str, Any]
     torch.cuda.reset_peak_memory_stats()
     result: dict[str, Any] = {"weights_GiB": round(torch.cuda.memory_allocated() / 2**30, 2)}
     began = time.perf_counter()
-    columns: dict[str, dict[str, Callable[[], float]]] = {
-        "first token": {
-            "first_token_128_ms": lambda: 1e3 * first_token(model, PROMPT),
-            "first_token_2048_ms": lambda: 1e3 * first_token(model, LONG_PROMPT),
-        },
-        "step": {"step_tokens_per_s": lambda: 1 / decode_step(model, model.forward)},
-        "compiled step": {"compiled_step_tokens_per_s": lambda: 1 / compiled_step(model)},
-        "generate": {"generate_tokens_per_s": lambda: NEW_TOKENS / generate(model, None)},
-        "recipe": {"recipe_tokens_per_s": lambda: NEW_TOKENS / generate(model, RECIPE)},
+    columns: dict[str, tuple[tuple[str, ...], Callable[[], tuple[float, ...]]]] = {
+        "first token": (
+            ("first_token_128_ms", "first_token_2048_ms"),
+            lambda: (1e3 * first_token(model, PROMPT), 1e3 * first_token(model, LONG_PROMPT)),
+        ),
+        "step": (("step_tokens_per_s",), lambda: (1 / decode_graph(model, compile=False)[0],)),
+        "decode graph": (
+            ("compiled_step_tokens_per_s", "decode_graph_generate_tokens_per_s"),
+            lambda: (lambda step, run: (1 / step, NEW_TOKENS / run))(*decode_graph(model, compile=True)),
+        ),
+        "generate": (("generate_tokens_per_s",), lambda: (NEW_TOKENS / generate(model),)),
     }
-    for name, parts in columns.items():
-        for column, value in parts.items():
-            result[column] = round(value(), 2) if name in measures else ""
-            if name in measures:
-                console.print(f"  {column} {result[column]}  (at {time.perf_counter() - began:.0f} s)")
+    for name, (parts, values) in columns.items():
+        found = values() if name in measures else ("",) * len(parts)
+        for part, value in zip(parts, found, strict=True):
+            result[part] = round(value, 2) if isinstance(value, float) else value
+        console.print(f"  {[f'{part} {result[part]}' for part in parts]} at {time.perf_counter() - began:.0f} s")
     result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return result
 
@@ -197,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), help=f"of {', '.join(CANDIDATES)}")
-    parser.add_argument("--measures", nargs="+", default=[*MEASURES, "recipe"], help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_model.csv")
     parser.add_argument("--profile", type=Path, help="also write the kernels of one eager step there")
     arguments = parser.parse_args()
