@@ -7,7 +7,6 @@ fields; layers that differ are listed in its "aqlm_tensor" entry, which other re
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,38 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor.checkpoint_io import CONFIG_NAME, TensorFiles, new_folder, parse_size, read_json, write_tensors
+from aqlm_tensor.checkpoint_config import CheckpointConfig, quantization_config, read_config
+from aqlm_tensor.checkpoint_io import CONFIG_NAME, TensorFiles, new_folder, parse_size, write_tensors
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["CheckpointConfig", "TensorInfo", "inspect", "load", "quantization_config", "read_config", "save"]
+__all__ = ["PARTS", "TensorInfo", "check_scheme", "inspect", "load", "save", "stored_weights"]
 
-FORMAT_VERSION = 1
-_PARTS = ("codes", "codebooks", "scales")
-_FIELDS = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
+PARTS = ("codes", "codebooks", "scales")
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What config.json says about the quantization.
-
-    Attributes:
-        base: the scheme of every quantized layer that is not in `schemes`.
-        schemes: layers with a scheme of their own, by module name.
-        dense: module names of linear layers that are not quantized (both spellings in the file mean the same).
-        model: the whole of config.json.
-    """
-
-    base: AQLMScheme
-    schemes: dict[str, AQLMScheme]
-    dense: frozenset[str]
-    model: dict[str, Any]
-
-    def scheme_of(self, fqn: str) -> AQLMScheme:
-        """The scheme of a quantized layer."""
-        return self.schemes.get(fqn, self.base)
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,8 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False, max_shard
     tensors, schemes = _flatten(model)
     if not schemes:
         raise ValueError("the model has no AQLM weight: quantize_ it first, or save it with torch or safetensors")
-    text = json.dumps({**_model_config(model), "quantization_config": quantization_config(model, schemes)}, indent=2)
+    section = quantization_config(schemes, _dense_layers(model))
+    text = json.dumps({**_model_config(model), "quantization_config": section}, indent=2)
     needed = sum(tensor.nbytes for tensor in tensors.values()) + len(text)
     with new_folder(folder, force=force, needed_bytes=needed) as temporary:
         write_tensors(temporary, tensors, shard_bytes)
@@ -124,7 +102,7 @@ def load(model: Module, folder: str | Path) -> Module:
     config = read_config(folder)
     files = TensorFiles(Path(folder))
     homes = _homes(model)
-    stored = {_home_name(info, homes): info for info in _stored_weights(files).values()}
+    stored = {_home_name(info, homes): info for info in stored_weights(files).values()}
     _check_names(model, homes, stored)
     _check_no_meta(model, homes)
     loaded: dict[str, Tensor] = {}
@@ -137,65 +115,22 @@ def load(model: Module, folder: str | Path) -> Module:
     return model
 
 
-def read_config(folder: str | Path) -> CheckpointConfig:
-    """The quantization of a checkpoint folder, from its config.json.
-
-    Raises:
-        ValueError: if the file is missing, not of an AQLM checkpoint, or has an unknown format version.
-    """
-    path = Path(folder) / CONFIG_NAME
-    model = read_json(path)
-    section = model.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "aqlm":
-        found = section.get("quant_method") if isinstance(section, dict) else None
-        raise ValueError(f"{path} is not of an AQLM checkpoint: its quant_method is {found!r}, not 'aqlm'")
-    missing = [field for field in _FIELDS if field not in section]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)} in its quantization_config")
-    ours = section.get("aqlm_tensor", {})
-    version = ours.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version!r}, this library reads {FORMAT_VERSION}: upgrade it")
-    try:
-        base = AQLMScheme(*(section[field] for field in _FIELDS))
-        schemes = {fqn: AQLMScheme.parse(text) for fqn, text in ours.get("schemes", {}).items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes no valid scheme: {error}") from None
-    dense = frozenset(name.removesuffix(".weight") for name in section.get("linear_weights_not_to_quantize") or ())
-    return CheckpointConfig(base, schemes, dense, model)
-
-
 def inspect(folder: str | Path) -> list[TensorInfo]:
     """The weights of a checkpoint folder in stored order, from file headers only.
 
     Raises:
         ValueError: if files are missing or damaged, or quantized tensors do not fit together.
     """
-    return list(_stored_weights(TensorFiles(Path(folder))).values())
+    return list(stored_weights(TensorFiles(Path(folder))).values())
 
 
-def quantization_config(model: nn.Module, schemes: dict[str, AQLMScheme]) -> dict[str, Any]:
-    """The quantization_config of config.json.
-
-    Args:
-        model: the quantized model.
-        schemes: the scheme of each quantized module, by name.
-    """
-    base = Counter(schemes.values()).most_common(1)[0][0]
-    dense = [
+def _dense_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are not quantized."""
+    return [
         fqn
         for fqn, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module.weight, AQLMTensor)
     ]
-    return {
-        "quant_method": "aqlm",
-        **{field: getattr(base, field) for field in _FIELDS},
-        "linear_weights_not_to_quantize": [name for fqn in dense for name in (fqn, f"{fqn}.weight")],
-        "aqlm_tensor": {
-            "format_version": FORMAT_VERSION,
-            "schemes": {fqn: str(scheme) for fqn, scheme in schemes.items() if scheme != base},
-        },
-    }
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -228,7 +163,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, AQLMScheme]
             raise ValueError(f"{name} is a {value.orientation} view of an AQLMTensor: save the matrix it came from")
         layer = name.removesuffix(".weight")
         schemes[layer] = value.scheme
-        for part_name, part in zip(_PARTS, parts, strict=True):
+        for part_name, part in zip(PARTS, parts, strict=True):
             tensors[f"{layer}.{part_name}"] = _own(part)
     return tensors, schemes
 
@@ -239,11 +174,15 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _stored_weights(files: TensorFiles) -> dict[str, TensorInfo]:
-    """Each weight in the files by its name in the model; `X.codes` and its siblings are the weight `X.weight`."""
+def stored_weights(files: TensorFiles) -> dict[str, TensorInfo]:
+    """Each weight in the files by its name; `X.codes` and its siblings are the weight `X.weight`.
+
+    Raises:
+        ValueError: if the three tensors of a quantized weight are not complete or do not fit together.
+    """
     names = files.names()
     layers = {name.removesuffix(".codes") for name in names if name.endswith(".codes")}
-    parts = {f"{layer}.{part}": layer for layer in layers for part in _PARTS}
+    parts = {f"{layer}.{part}": layer for layer in layers for part in PARTS}
     weights: dict[str, TensorInfo] = {}
     for name in names:
         layer = parts.get(name)
@@ -257,10 +196,10 @@ def _stored_weights(files: TensorFiles) -> dict[str, TensorInfo]:
 
 def _quantized_info(files: TensorFiles, layer: str) -> TensorInfo:
     """Shape and scheme of a quantized layer, checked by making the tensor on the meta device."""
-    missing = [f"{layer}.{part}" for part in _PARTS if f"{layer}.{part}" not in set(files.names())]
+    missing = [f"{layer}.{part}" for part in PARTS if f"{layer}.{part}" not in set(files.names())]
     if missing:
         raise ValueError(f"{layer} has codes but lacks {', '.join(missing)}: the checkpoint is incomplete")
-    headers = [files.header(f"{layer}.{part}") for part in _PARTS]
+    headers = [files.header(f"{layer}.{part}") for part in PARTS]
     try:
         codes, codebooks, scales = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in headers)
         weight = AQLMTensor(codes, codebooks, scales)
@@ -314,19 +253,29 @@ def _check_fits(name: str, info: TensorInfo, config: CheckpointConfig, target: T
         if target.is_floating_point() != info.dtype.is_floating_point:
             raise ValueError(f"{name} is {info.dtype} in the checkpoint but {target.dtype} in the model")
         return
-    layer = name.removesuffix(".weight")
+    check_scheme(name.removesuffix(".weight"), info.scheme, config)
+
+
+def check_scheme(layer: str, scheme: AQLMScheme, config: CheckpointConfig) -> None:
+    """Raise ValueError unless the config says that a quantized layer of the checkpoint has this scheme.
+
+    Args:
+        layer: its name in the checkpoint, without ".weight".
+        scheme: of its tensors.
+        config: of the checkpoint.
+    """
     if layer in config.dense:
         raise ValueError(f"{layer} is quantized in the checkpoint, but its config lists it as not quantized")
     expected = config.scheme_of(layer)
-    if info.scheme != expected:
-        raise ValueError(f"the tensors of {layer} are {info.scheme}, but the checkpoint's config says {expected}")
+    if scheme != expected:
+        raise ValueError(f"the tensors of {layer} are {scheme}, but the checkpoint's config says {expected}")
 
 
 def _read(files: TensorFiles, info: TensorInfo) -> Tensor:
     if info.scheme is None:
         return files.tensor(info.name)
     layer = info.name.removesuffix(".weight")
-    codes, codebooks, scales = (files.tensor(f"{layer}.{part}") for part in _PARTS)
+    codes, codebooks, scales = (files.tensor(f"{layer}.{part}") for part in PARTS)
     weight = AQLMTensor(codes, codebooks, scales)
     try:
         weight.check_codes()

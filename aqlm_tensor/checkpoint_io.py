@@ -12,7 +12,8 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,17 @@ class TensorFiles:
 
     Args:
         folder: holds model.safetensors, pytorch_model.bin, or shards of either with their index.
+        files: take these files, wherever they lie, and not what the folder holds.
 
     Raises:
         ValueError: if there are no such files, the index is damaged, or a file is cut short or of another format.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str | Path] = ()) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
-        self._files = self._find()
+        # an absolute path stays what it is when joined to the folder
+        self._files = {name: str(file) for file in files for name in self._keys(str(file))} or self._find()
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -118,7 +121,8 @@ class TensorFiles:
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    # mapped into memory where the format allows it, so that headers can be read without the data
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} must hold a dictionary of tensors")
     return tensors

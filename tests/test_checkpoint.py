@@ -15,7 +15,8 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from aqlm_tensor import AQLMTensor, checkpoint_io, load, quantize_, save
-from aqlm_tensor.checkpoint import inspect, read_config
+from aqlm_tensor.checkpoint import inspect
+from aqlm_tensor.checkpoint_config import read_config
 
 from .models import TiedLM, config, mlp
 from .tensor.weights import weight_of
