@@ -1,16 +1,23 @@
-"""How fast is x @ W.T on an NVIDIA GPU: this library's CUDA kernels against cuBLAS on the dense weight, in one run.
+"""How fast is x @ W.T on an NVIDIA GPU: this library's kernels, dense cuBLAS, and others' low-bit kernels, in one run.
 
     python -P benchmarks/benchmark_gpu_linear.py
     python -P benchmarks/benchmark_gpu_linear.py --shapes 8192x28672 --schemes 2x8g8 --rows 1 4 64
 
 Each candidate is a CUDA graph of one call for each of a rotation of random weights larger than the L2 cache; graphs are
-replayed in turn, and the median time of a call is reported. Every output is first compared with the float64 product.
-Writes a CSV file to benchmarks/results/.
+replayed in turn, and the median time of a call is reported. Every output is first compared with the float64 product of
+what its weight stands for. Every kernel of the registry that can run a case is a candidate, and the one that would be
+chosen is marked. Competitors are those of providers/gpu.py that are installed.
+
+The limit is the time that the stored weight, x and the output take at the rate of a device copy measured in this run,
+or the multiplications at that of a large cuBLAS product, whichever is longer. Writes a CSV file and a plot to
+benchmarks/results/.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +29,86 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aqlm_tensor.codes import codes_to_indices
-from aqlm_tensor.kernels import cuda_dequantize, cuda_lookup, cuda_partial_sums
+from aqlm_tensor.kernels import registry
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
-from harness import RESULTS, Timing, copies_to_exceed_cache, provenance, time_in_turn, write_csv
+from harness import RESULTS, Timing, copies_to_exceed_cache, gpu_clocks, provenance, time_in_turn, write_csv
+from plots import plot_gpu_linear
+from providers.gpu import Parts, Provided, int4_weights, official, pytorch_int4
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672", "28672x8192")
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-SCHEMES = ("2x8g8", "1x8g8")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
+SCHEMES = ("2x8g8", "1x8g8", "1x16g8", "1x16g16")
 WRONG = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
-
-Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def random_parts(scheme: AQLMScheme, out_features: int, in_features: int, dtype: torch.dtype) -> Parts:
     """codes, codebooks and scales, drawn on the GPU."""
+    info = torch.iinfo(scheme.codes_dtype)
     shape = scheme.codes_shape(out_features, in_features)
-    indices = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+    codes = torch.randint(info.min, info.max + 1, shape, dtype=scheme.codes_dtype, device="cuda")
     codebooks = torch.randn(scheme.codebooks_shape, device="cuda").to(dtype)
-    return indices, codebooks, torch.rand(out_features, 1, 1, 1, device="cuda").add(0.5).to(dtype)
+    return codes, codebooks, torch.rand(shape[0], 1, 1, 1, device="cuda").add(0.5).to(dtype)
 
 
 def exact_weight(parts: Parts) -> Tensor:
     """The weight in float64."""
     codes, codebooks, scales = parts
-    indices = codes_to_indices(codes, 8)
+    indices = codes_to_indices(codes, codebooks.shape[1].bit_length() - 1)
     weight = torch.zeros(*codes.shape[:2], codebooks.shape[-1], dtype=torch.float64, device="cuda")
     for c in range(codes.shape[2]):
         weight += codebooks[c, indices[..., c], 0].double()
     return weight.flatten(1) * scales.double().view(-1, 1)
 
 
-def replay(call: Callable[[int], Any], copies: int) -> tuple[Callable[[int], None], int]:
-    """A CUDA graph of call(0), call(1), ..., as a candidate, and how many calls it holds."""
+@dataclass(frozen=True)
+class Case:
+    """One layer.
+
+    Attributes:
+        scheme: of the quantized weight.
+        in_features: columns.
+        out_features: rows.
+        dtype: of x.
+    """
+
+    scheme: AQLMScheme
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    def problem(self, rows: int) -> registry.Problem:
+        """What the registry is asked."""
+        sizes = (rows, self.in_features, self.out_features, 1)
+        return registry.Problem("linear", self.scheme, *sizes, self.dtype, torch.device("cuda", 0))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes per second of a device copy, read and written, and multiply-adds per second of a large product."""
+
+    bytes_moved: float
+    multiply_adds: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype) -> "Limits":
+        """The rates of this GPU now."""
+        source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+        square = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+        copies = [event_seconds(lambda _: target.copy_(source), 0) for _ in range(7)]
+        products = [event_seconds(lambda _: square @ square, 0) for _ in range(7)]
+        return cls(2 * source.nbytes / sorted(copies)[3], 8192**3 / sorted(products)[3])
+
+    def seconds(self, case: Case, rows: int, stored: int) -> float:
+        """The least time a product can take whose weight occupies so many bytes."""
+        moved = stored + rows * (case.in_features + case.out_features) * case.dtype.itemsize
+        return max(moved / self.bytes_moved, rows * case.in_features * case.out_features / self.multiply_adds)
+
+
+def replay(call: Callable[[int], Any], copies: int) -> Callable[[int], None]:
+    """A CUDA graph of call(0), call(1), ..., as a candidate."""
     warm = torch.cuda.Stream()
     with torch.cuda.stream(warm):
         call(0)  # compiles, loads and sets attributes
@@ -64,7 +117,7 @@ def replay(call: Callable[[int], Any], copies: int) -> tuple[Callable[[int], Non
     with torch.cuda.graph(graph):
         for copy in range(copies):
             call(copy)
-    return lambda _: graph.replay(), copies
+    return lambda _: graph.replay()
 
 
 def event_seconds(call: Callable[[int], Any], index: int) -> float:
@@ -77,65 +130,68 @@ def event_seconds(call: Callable[[int], Any], index: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def measure(shape: str, scheme: AQLMScheme, rows: tuple[int, ...], dtype: torch.dtype, seconds: float) -> list[dict]:
-    """One result row for each number of rows of x."""
-    in_features, out_features = (int(size) for size in shape.split("x"))
+def ours(case: Case, parts: list[Parts], x: Tensor) -> dict[str, Provided]:
+    """Every kernel of the registry that can run the case, the chosen one's name marked."""
+    problem = case.problem(x.shape[0])
+    chosen = next(kernel.name for kernel, reason in registry.explain(problem) if reason is None)
+    found = {}
+    for kernel in registry.KERNELS:
+        if kernel.fast and kernel.why_not(problem) is None:
+            linear = kernel.function("linear")
+            name = f"{kernel.name} (chosen)" if kernel.name == chosen else kernel.name
+            found[name] = Provided(lambda i, linear=linear: linear(x, *parts[i], None), len(parts), parts[0])
+    return found
+
+
+def measure(case: Case, rows: tuple[int, ...], limits: Limits, seconds: float) -> list[dict[str, Any]]:
+    """One result row for each candidate and number of rows of x."""
+    inner, out, dtype = case.in_features, case.out_features, case.dtype
     l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
-    bits = scheme.bits_per_weight(out_features, in_features)
-    parts = [
-        random_parts(scheme, out_features, in_features, dtype)
-        for _ in range(max(2, copies_to_exceed_cache(int(out_features * in_features * bits / 8), l2_bytes)))
-    ]
-    dense_copies = max(2, copies_to_exceed_cache(2 * out_features * in_features, l2_bytes))
-    dense = [torch.randn(out_features, in_features, device="cuda", dtype=dtype) for _ in range(dense_copies)]
+    stored = int(out * inner * case.scheme.bits_per_weight(out, inner) / 8)
+    copies = max(2, copies_to_exceed_cache(stored, l2_bytes))
+    parts = [random_parts(case.scheme, out, inner, dtype) for _ in range(copies)]
+    dense_copies = max(2, copies_to_exceed_cache(2 * out * inner, l2_bytes))
+    dense = [torch.randn(out, inner, device="cuda", dtype=dtype) for _ in range(dense_copies)]
+    int4 = int4_weights(dense) if str(case.scheme) == "2x8g8" else []
     weight = exact_weight(parts[0])
     results = []
     for tokens in rows:
-        x = torch.randn(tokens, in_features, device="cuda", dtype=dtype)
-        modules = {"lookup": cuda_lookup, "decode + cuBLAS": cuda_dequantize}
-        if tokens == 1:
-            modules["partial sums"] = cuda_partial_sums
-        calls = {"cuBLAS": replay(lambda i, x=x: F.linear(x, dense[i]), len(dense))}
-        errors = {"cuBLAS": float("nan")}
+        x = torch.randn(tokens, inner, device="cuda", dtype=dtype)
+        candidates = {"cuBLAS": Provided(lambda i, x=x: F.linear(x, dense[i]), len(dense), dense[0])}
+        candidates |= ours(case, parts, x) | official(parts, x) | pytorch_int4(int4, x)
+        calls = {name: replay(provided.call, provided.copies) for name, provided in candidates.items()}
         exact = x.double() @ weight.T
-        for name, module in modules.items():
-            y = module.linear(x, *parts[0], None)
-            errors[name] = float((y.double() - exact).norm() / exact.norm())
-            calls[name] = replay(lambda i, x=x, module=module: module.linear(x, *parts[i], None), len(parts))
-        times = time_in_turn(
-            {name: call for name, (call, _) in calls.items()}, seconds=seconds, rounds=(11, 41), timer=event_seconds
-        )
-        for name, timing in times.items():
-            results.append(row(shape, scheme, dtype, tokens, name, timing, calls[name][1], times, calls, errors[name]))
+        errors = {}
+        for name, provided in candidates.items():
+            reference = x.double() @ provided.weight.double().T if isinstance(provided.weight, Tensor) else exact
+            errors[name] = float((provided.call(0).double() - reference).norm() / reference.norm())
+        times = time_in_turn(calls, seconds=seconds, rounds=(9, 31), timer=event_seconds)
+        dense_ms = times["cuBLAS"].p50 / len(dense)
+        for name, provided in candidates.items():
+            limit = 1e3 * limits.seconds(case, tokens, provided.nbytes)
+            timing = times[name].of_one(provided.copies)
+            results.append(row(case, tokens, name, timing, limit, dense_ms, errors[name]))
     return results
 
 
 def row(
-    shape: str,
-    scheme: AQLMScheme,
-    dtype: torch.dtype,
-    tokens: int,
-    name: str,
-    timing: Timing,
-    copies: int,
-    times: dict[str, Timing],
-    calls: dict[str, tuple[Callable[[int], None], int]],
-    error: float,
+    case: Case, tokens: int, name: str, timing: Timing, limit_ms: float, dense_ms: float, error: float
 ) -> dict[str, Any]:
     """One line of the CSV file; microseconds."""
-    dense = times["cuBLAS"].p50 / calls["cuBLAS"][1]
     return {
-        "shape": shape,
-        "scheme": str(scheme),
-        "dtype": str(dtype).removeprefix("torch."),
+        "shape": f"{case.in_features}x{case.out_features}",
+        "scheme": str(case.scheme),
+        "dtype": str(case.dtype).removeprefix("torch."),
         "rows": tokens,
         "kernel": name,
-        "us_p20": round(1e3 * timing.p20 / copies, 2),
-        "us_p50": round(1e3 * timing.p50 / copies, 2),
-        "us_p80": round(1e3 * timing.p80 / copies, 2),
-        "dense_time_over_this": round(dense / (timing.p50 / copies), 2),
+        "us_p20": round(1e3 * timing.p20, 2),
+        "us_p50": round(1e3 * timing.p50, 2),
+        "us_p80": round(1e3 * timing.p80, 2),
+        "dense_time_over_this": round(dense_ms / timing.p50, 2),
+        "percent_of_limit": round(100 * limit_ms / timing.p50),
         "relative_error": float(f"{error:.2e}"),
-        "right": name == "cuBLAS" or error < WRONG[dtype],
+        "right": error < WRONG[case.dtype],
+        "clocks": gpu_clocks(),
     }
 
 
@@ -152,24 +208,28 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device is available to torch")
     torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    limits = Limits.measure(dtype)
+    packages = ["torch", "aqlm-tensor", *(["aqlm"] if importlib.util.find_spec("aqlm") else [])]
+    origin = provenance(packages) | {
+        "copy_TB_per_s": f"{limits.bytes_moved / 1e12:.2f}",
+        "product_TFLOP_per_s": f"{2 * limits.multiply_adds / 1e12:.0f}",
+    }
     results: list[dict[str, Any]] = []
     with Progress(disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("shapes", total=len(arguments.shapes) * len(arguments.schemes))
         for shape in arguments.shapes:
             for scheme in arguments.schemes:
-                results += measure(
-                    shape,
-                    AQLMScheme.parse(scheme),
-                    tuple(arguments.rows),
-                    getattr(torch, arguments.dtype),
-                    arguments.seconds,
-                )
+                case = Case(AQLMScheme.parse(scheme), *map(int, shape.split("x")), dtype)
+                results += measure(case, tuple(arguments.rows), limits, arguments.seconds)
                 torch.cuda.empty_cache()
                 progress.advance(task)
-    write_csv(arguments.output, results, provenance(["torch", "aqlm-tensor"]))
-    table = Table("shape", "scheme", "rows", "kernel", "us", "dense time / its time", "error")
+                write_csv(arguments.output, results, origin)
+    plot_gpu_linear(arguments.output, arguments.output.with_suffix(".png"))
+    table = Table("shape", "scheme", "rows", "kernel", "us", "dense time / its time", "% of limit", "error")
     for line in results:
-        values = (line[key] for key in ("shape", "scheme", "rows", "kernel", "us_p50", "dense_time_over_this"))
+        columns = ("shape", "scheme", "rows", "kernel", "us_p50", "dense_time_over_this", "percent_of_limit")
+        values = (line[key] for key in columns)
         table.add_row(
             *(str(value) for value in values), str(line["relative_error"]) + ("" if line["right"] else " WRONG")
         )

@@ -46,6 +46,10 @@ class Timing:
     p80: float
     rounds: int
 
+    def of_one(self, calls: int) -> "Timing":
+        """The timing of one call where so many were timed together."""
+        return Timing(self.p20 / calls, self.p50 / calls, self.p80 / calls, self.rounds)
+
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> "Timing":
         """The summary of at least two rounds."""

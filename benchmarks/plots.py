@@ -4,7 +4,7 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-__all__ = ["plot_ratios"]
+__all__ = ["plot_gpu_linear", "plot_ratios"]
 
 
 def plot_ratios(results: Path, picture: Path, *, peer: str = "dense fp32", ours: str = "ours fp32") -> None:
@@ -43,3 +43,49 @@ def plot_ratios(results: Path, picture: Path, *, peer: str = "dense fp32", ours:
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def plot_gpu_linear(results: Path, picture: Path) -> None:
+    """Draw dense time / its time, and percent of the limit, over rows of x, a column for each shape.
+
+    Args:
+        results: the CSV file of benchmark_gpu_linear.py.
+        picture: where to write, in the format that its suffix names.
+    """
+    import matplotlib.pyplot as plt
+
+    measures = ("dense_time_over_this", "percent_of_limit")
+    lines: dict[str, dict[str, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
+    device = ""
+    with results.open() as file:
+        for row in csv.DictReader(file):
+            name = _label(row["kernel"], row["scheme"])
+            if name and row["right"] == "True":
+                found = lines[row["shape"]][name].setdefault(int(row["rows"]), dict.fromkeys(measures, 0.0))
+                for measure in measures:  # the better of the official paths
+                    found[measure] = max(found[measure], float(row[measure]))
+            device = f"{row['device']}, {row['date'][:10]}"
+    figure, axes = plt.subplots(2, len(lines), figsize=(4.5 * len(lines), 7), squeeze=False, sharex=True)
+    for column, (shape, by_name) in enumerate(lines.items()):
+        for axis, measure in zip(axes[:, column], measures, strict=True):
+            for name, by_rows in sorted(by_name.items()):
+                rows = sorted(by_rows)
+                style = "--" if name.startswith("official") else ":" if "cuBLAS" in name or "int4" in name else "-"
+                axis.plot(rows, [by_rows[m][measure] for m in rows], style, marker=".", label=name)
+            axis.set(xscale="log", xlabel="rows of x", ylabel=measure.replace("_", " "))
+        axes[0, column].set(yscale="log", title=shape)
+        axes[0, column].axhline(1, color="grey", linewidth=0.8)
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(device, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _label(kernel: str, scheme: str) -> str | None:
+    """What a line is called; None for kernels of this library that were not chosen."""
+    if kernel in ("cuBLAS", "PyTorch int4"):
+        return kernel
+    if kernel.startswith("official"):
+        return f"official {scheme}"
+    return f"ours {scheme}" if kernel.endswith("(chosen)") else None
