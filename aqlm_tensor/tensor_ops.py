@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
@@ -23,6 +24,8 @@ __all__ = ["REMEDY", "bind", "linear_of_parts", "transposed"]
 aten = torch.ops.aten
 implements = AQLMTensor.implements
 implements_torch_function = AQLMTensor.implements_torch_function
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 REMEDY = "call `.dequantize()` first to work on the dense weight"
 
@@ -66,14 +69,31 @@ def _autocast(
     return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _call(op: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
-    """Call an op, without its autograd layer (18 us, as much as a small product) if no gradient can flow."""
+def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
+    """Call an op, by the shortest way that nothing can tell from the others.
+
+    A small product takes as long as the op's autograd layer (18 us), which is left out if no gradient can flow, or the
+    dispatcher (10 us), which is left out if neither a mode, a transform, a tracer, a profiler nor another subclass looks
+    on.
+    """
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
     ):
         return op(*operands)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*operands)
+    if _observed(operands):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*operands)
+    return ops.IMPLEMENTATIONS[op](*operands)
+
+
+def _observed(operands: tuple[Tensor | None, ...]) -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or torch._C._is_tracing()
+        or any(type(operand) not in _PLAIN or (operand is not None and operand.is_meta) for operand in operands)
+    )
 
 
 def _autocast_enabled(device_type: str) -> bool:

@@ -78,7 +78,7 @@ class Weight:
 
     Attributes:
         codes: [O/H, I/G, K] int8 or int16, contiguous but for the stride of its rows.
-        books: [P, K, 2^N, H, G], contiguous, in float32 unless they are large.
+        books: [K, 2^N, H, G] or [P, K, 2^N, H, G], contiguous, in float32 unless they are large.
         scales: [O/H, 1, 1, 1] float32, contiguous.
     """
 
@@ -88,18 +88,17 @@ class Weight:
 
     @classmethod
     def of(cls, codes: Tensor, codebooks: Tensor, scales: Tensor) -> "Weight":
-        """A weight from tensors of any strides and float dtype; codebooks may lack the leading P."""
+        """A weight from tensors of any strides and float dtype."""
         groups, num_codebooks = codes.shape[1:]
         if codes.stride()[1:] != (num_codebooks, 1) or codes.stride(0) < groups * num_codebooks:
             codes = codes.contiguous()
-        books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
-        books = books.contiguous() if books.numel() > LARGE_BOOKS else as_float32(books)
+        books = codebooks.contiguous() if codebooks.numel() > LARGE_BOOKS else as_float32(codebooks)
         return cls(codes, books, as_float32(scales))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.codes.shape[0] * self.books.shape[3], self.codes.shape[1] * self.books.shape[4]
+        return self.codes.shape[0] * self.books.shape[-2], self.codes.shape[1] * self.books.shape[-1]
 
     @property
     def types(self) -> tuple[bool, int]:
@@ -108,7 +107,7 @@ class Weight:
 
     def frame(self, items: int, *fields: int) -> "array[int]":
         """A frame whose head says how many items there are and that holds this weight and a kernel's own fields."""
-        partitions, num_codebooks, size, out_group, group = self.books.shape
+        partitions, num_codebooks, size, out_group, group = (1, *self.books.shape)[-5:]
         row_bytes = self.codes.stride(0) * self.codes.element_size()
         addresses = (self.codes.data_ptr(), row_bytes, self.books.data_ptr(), self.scales.data_ptr())
         sizes = (num_codebooks, size, out_group, group, self.codes.shape[0] // partitions)
@@ -120,7 +119,7 @@ def decode_rows(weight: Weight, start: int, stop: int) -> Tensor:
     out = torch.empty(stop - start, weight.shape[1], dtype=torch.float32)
     items = -(-out.shape[0] // _ROWS_PER_ITEM)
     frame = weight.frame(items, out.data_ptr(), weight.codes.shape[1], start, stop)
-    work = out.numel() * weight.books.shape[1] // 8
+    work = out.numel() * weight.books.shape[-4] // 8
     run(_kernel(*weight.types), frame, threads_for(items, work))
     return out
 

@@ -80,7 +80,7 @@ def gather_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         x.data_ptr(), x.stride(0), y.data_ptr(), out_features, tokens, 0 if bias is None else bias.data_ptr(),
         scratch.data_ptr(), in_features // group,
     )  # fmt: skip
-    scheme = (weight.books.shape[1], group)
+    scheme = (weight.books.shape[-4], group)
     kernel = _kernel(*weight.types, *(scheme if scheme in _COMPILED_SCHEMES else (0, 0)), lanes, width)
     run(kernel, weight.frame(items, *fields), threads)
     return y

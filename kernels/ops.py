@@ -22,6 +22,7 @@ from aqlm_tensor.kernels.registry import Op, Problem, implementation
 from aqlm_tensor.scheme import AQLMScheme
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "dequantize",
     "dequantize_param_grad",
     "linear",
@@ -92,22 +93,25 @@ def _check(
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _like(flat: Tensor, x: Tensor) -> Tensor:
+    """Rows [rows, n] in the leading dimensions of x; no view, which autograd would forbid to change in place."""
+    return flat if x.dim() == 2 else flat.contiguous().resize_(*x.shape[:-1], flat.shape[-1])
 
 
 def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight_shape(codes, codebooks)[1], codes, codebooks, scales, bias)
     flat = _flat(x)
-    return _kernel("linear", flat.shape[0], codes, codebooks)(flat, codes, codebooks, scales, bias).view(
-        *x.shape[:-1], weight_shape(codes, codebooks)[0]
-    )
+    return _like(_kernel("linear", flat.shape[0], codes, codebooks)(flat, codes, codebooks, scales, bias), x)
 
 
 def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     _check(grad, weight_shape(codes, codebooks)[0], codes, codebooks, scales)
     flat = _flat(grad)
     kernel = _kernel("linear_input_grad", flat.shape[0], codes, codebooks)
-    return kernel(flat, codes, codebooks, scales).view(*grad.shape[:-1], weight_shape(codes, codebooks)[1])
+    return _like(kernel(flat, codes, codebooks, scales), grad)
 
 
 def _linear_param_grad(
@@ -136,6 +140,10 @@ _SIGNATURES = {
 for _name, (_signature, _function) in _SIGNATURES.items():
     torch.library.define(f"aqlm_tensor::{_name}", _signature, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"aqlm_tensor::{_name}", "default", _function)
+
+IMPLEMENTATIONS = {
+    getattr(torch.ops.aqlm_tensor, name).default: function for name, (_, function) in _SIGNATURES.items()
+}
 
 linear = torch.ops.aqlm_tensor.linear.default
 linear_input_grad = torch.ops.aqlm_tensor.linear_input_grad.default

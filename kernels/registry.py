@@ -114,7 +114,12 @@ class Kernel:
 
     def function(self, op: Op) -> Callable[..., torch.Tensor]:
         """The kernel's implementation of an op."""
-        return getattr(importlib.import_module(self.module), op)
+        return _function(self.module, op)
+
+
+@functools.cache
+def _function(module: str, op: Op) -> Callable[..., torch.Tensor]:
+    return getattr(importlib.import_module(module), op)
 
 
 def _cuda(name: str) -> Kernel:
@@ -139,6 +144,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _cuda("cuda_partial_sums"),
     _cuda("cuda_lookup"),
+    _cuda("cuda_sliced_codebook"),
     _cuda("cuda_float32"),
     _cuda("cuda_dequantize"),
     Kernel(

@@ -136,7 +136,8 @@ def test_gradients() -> None:
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         function(x).square().sum().backward()
         grads.append(x.grad)
-    torch.testing.assert_close(*grads)
+    # the compiled activation rounds differently: elements that cancel differ by more than their own last digits
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-6 * float(grads[0].abs().max()))
 
 
 OPERATIONS: dict[str, Callable[[Tensor, AQLMTensor, AQLMTensor], Tensor]] = {
