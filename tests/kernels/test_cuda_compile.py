@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_tensor.kernels import cuda_lookup, cuda_runtime
+from aqlm_tensor.kernels import cuda_lookup, cuda_runtime, cuda_sliced_codebook
 
 pytest.importorskip("cuda.core", reason="needs cuda-core")
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA bindings of cuda-core")
@@ -16,8 +16,12 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120
 DEVICES = ((46, 65536), (108, 166912), (128, 101376), (132, 232448))
 
 
+def shared_limit(arch: str) -> int:
+    return 65536 if arch == "sm_75" else 101376 if arch in ("sm_86", "sm_89", "sm_120") else 166912
+
+
 def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, int], ...]:
-    limit = 65536 if arch == "sm_75" else 101376 if arch in ("sm_86", "sm_89", "sm_120") else 166912
+    limit = shared_limit(arch)
     shape = cuda_lookup.Shape(books, 8, tokens, 4096, 512, 1)
     plan = cuda_lookup.choose_plan(shape, 40, limit)
     assert plan is not None
@@ -29,6 +33,18 @@ def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, i
 def test_lookup_compiles(arch: str, tokens: int) -> None:
     code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch), arch)
     assert b"lookup_linear" in code
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "group", "aligned"), [(1, 8, True), (16, 16, False), (64, 8, True)])
+def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, arch: str) -> None:
+    shape = cuda_sliced_codebook.Shape(16, group, tokens, 4096, 4096 // group, 1)
+    plan = cuda_sliced_codebook.choose_plan(shape, 40, shared_limit(arch))
+    dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
+    defines = cuda_sliced_codebook.variant_defines(shape, plan, dtype, aligned)
+    code = cuda_runtime.compile_source("sliced_codebook.cu", defines, arch)
+    assert b"sliced_codebook" in code
+    assert b"slice_x" in code
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -82,3 +98,25 @@ def test_plans_fit_the_device(processors: int, limit: int, books: int, rows: int
         assert variant.k_warps * variant.row_warps == variant.warps
         assert plan.grid[0] <= -(-rows // 16)
         assert plan.grid[0] * plan.grid[1] <= max(processors, plan.grid[1])
+
+
+@pytest.mark.parametrize(("processors", "limit"), DEVICES)
+@pytest.mark.parametrize(("nbits", "group"), [(16, 8), (16, 16), (9, 8)])
+@pytest.mark.parametrize(("rows", "groups"), [(4096, 512), (28672, 1024), (8192, 3584), (1, 1), (1000, 173)])
+def test_sliced_codebook_plans_fit_the_device(
+    processors: int, limit: int, nbits: int, group: int, rows: int, groups: int
+) -> None:
+    for tokens in (1, 8, 9, 16, 17, 32, 64):
+        for partitions in (1, 3, 200):
+            shape = cuda_sliced_codebook.Shape(nbits, group, tokens, rows, groups, partitions)
+            plan = cuda_sliced_codebook.choose_plan(shape, processors, limit)
+            variant = plan.variant
+            assert plan.shared_bytes <= limit
+            assert tokens <= (8 if variant.few_tokens else 16 * variant.token_tiles)
+            assert variant.warps % plan.row_warps == 0
+            assert plan.grid[0] * variant.width == 2 * group * plan.entry_parts
+            assert 1 <= plan.grid[1] <= -(-rows // variant.tile_rows)
+            k_warps = variant.warps // plan.row_warps
+            superblocks = -(-groups // variant.superblock)
+            assert k_warps <= superblocks, "every k warp has work, or it would leave the others at a barrier"
+            assert plan.slots >= min(2, -(-superblocks // k_warps))

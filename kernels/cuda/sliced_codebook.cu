@@ -1,0 +1,333 @@
+// partial[slice, n, o] = sum over k of x[n, k] * W[o, k] (before the scale), restricted to one slice of the only codebook.
+//
+// A codebook of 65536 entries is larger than the shared memory of any multiprocessor, and gathering from L2 is slower than
+// reading a dense weight. So a block keeps a slice: of every entry WIDTH neighbouring bytes ("dimensions"), of all entries
+// one of ENTRY_PARTS ranges. It reads all codes of its rows, looks up those that name its entries and takes zeros for the
+// others. The slices' sums are added in fixed order by `finish_linear.cu`. Lookups with idle lanes meet fewer bank
+// conflicts, so that splitting entries costs hardly more than splitting dimensions, and fewer, wider lookups cost less.
+//
+// Each lookup is one lane's share of m16n8k16 B fragments, if the k positions are renamed: lane (row = lane / 4,
+// quad = lane % 4) holds eight neighbouring groups of its row. `slice_x` has arranged x as the A fragments that go
+// with them, 16 bytes a lane. Nothing moves between lanes. With at most 8 tokens (FEW_TOKENS) half of A's 16 rows would be
+// idle: they hold the same tokens at other inputs. A tile then has four rows of the weight, of each of which eight
+// lanes hold neighbouring groups, even columns of the product belong to the first half of these groups and to A's
+// upper rows, odd columns to the second half and the lower rows; the rest of the product is unused. That reads codes in
+// pieces of 128 bytes instead of 64, which takes half the cycles of the load unit, what bounds the kernel.
+//
+// Warps form ROW_WARPS x WARPS / ROW_WARPS: row warps take different tiles of rows and share staged fragments, k warps take
+// different superblocks (all lanes' groups of a row).
+//
+// Grid: (slices, row ranges, row partitions with codebooks of their own). Compile-time constants: NBITS, GROUP (inputs of a
+// group: 8 or 16), WIDTH (4 or 8), ENTRY_PARTS, DTYPE_BF16, WARPS, ROW_WARPS, ROW_TILES (tiles a warp accumulates at
+// once), TOKEN_TILES (of 16 tokens), FEW_TOKENS (1: at most 8), ALIGNED (1: every row of codes is a whole number of
+// aligned vectors of eight).
+#include "common.cuh"
+
+constexpr int kThreads = WARPS * 32;
+constexpr int kKWarps = WARPS / ROW_WARPS;
+constexpr int kBatch = ROW_TILES * ROW_WARPS;  // tiles a block accumulates at once
+constexpr int kGroups = 8;                     // of a lane in a superblock and row: 16 bytes of codes
+constexpr int kTileRows = FEW_TOKENS ? 4 : 8;
+constexpr int kLanesPerRow = 32 / kTileRows;
+constexpr int kSuperblock = kLanesPerRow * kGroups;
+constexpr int kWords = kGroups / 2;
+constexpr int kDimParts = GROUP * 2 / WIDTH;
+constexpr int kEntries = ((1 << NBITS) + ENTRY_PARTS - 1) / ENTRY_PARTS;
+constexpr int kTableBytes = (kEntries * WIDTH + 127) / 128 * 128;
+constexpr int kFragments = kGroups * WIDTH / 8;  // of a lane in a superblock, each for one tensor-core instruction
+constexpr int kRowBytes = 4 * kFragments * 16;   // of one row of fragments (two rows of A) in a superblock
+
+struct SlicedParams {
+  const u8* x;           // [dimension parts, superblocks, fragment rows, kRowBytes], from slice_x
+  const u16* codes;      // [partitions * rows, groups]
+  const u8* book;        // [partitions, 2^NBITS, GROUP] 16-bit floats
+  float* partial;        // [slices, tokens, partitions * rows]
+  long long code_stride;  // elements from one row of codes to the next
+  int tokens, rows, groups;
+  int tiles_each, tiles_over;  // tiles per block of the grid's y; the first `tiles_over` blocks take one more
+  int slots;                   // staged superblocks of x per k warp
+};
+
+struct Place {  // of a thread in its block
+  int lane, k_warp, row_warp;
+};
+
+__device__ __forceinline__ Place place(int thread) {
+  int lane = thread % 32, warp = thread / 32;
+  return {lane, warp / ROW_WARPS, warp % ROW_WARPS};
+}
+
+// Rows of fragments: tokens n and n + 8 of each tile share one; few tokens have one each.
+__device__ __forceinline__ int fragment_rows(int tokens) { return FEW_TOKENS ? tokens : TOKEN_TILES * 8; }
+
+// WIDTH bytes from global to shared memory; asynchronous from sm_80 on.
+__device__ __forceinline__ void copy_entry(u32 shared, const u8* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(WIDTH) : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < WIDTH; i += 4) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared + i), "r"(*reinterpret_cast<const u32*>(global + i)) : "memory");
+  }
+#endif
+}
+
+// The lane's codes of one row; zeros without a memory access where `wanted` is false.
+__device__ __forceinline__ void load_codes(const SlicedParams& p, const u16* row, int superblock, int part, bool wanted,
+                                           u32 (&words)[kWords]) {
+  // Past the end read the row's last codes again: their x is zero, and no entry is used that the row does not use.
+#if ALIGNED
+  const int vector = min(superblock * kLanesPerRow + part, p.groups / kGroups - 1);
+  load_once(reinterpret_cast<const u8*>(row + vector * kGroups), wanted, words);
+#else
+  const int first = (superblock * kLanesPerRow + part) * kGroups;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    u32 low = 0, high = 0;
+    if (wanted) low = row[min(first + 2 * w, p.groups - 1)], high = row[min(first + 2 * w + 1, p.groups - 1)];
+    words[w] = low | high << 16;
+  }
+#endif
+}
+
+// What the slice keeps of the entry of the lane's group INDEX: zeros if that is not in the block's range. `base` is the
+// range's first entry in bytes.
+template <int INDEX>
+__device__ __forceinline__ void look_up(const u8* table, const u32 (&codes)[kWords], u32 base, u32* words) {
+  u32 code;
+  if constexpr (NBITS == 16) {
+    code = __byte_perm(codes[INDEX / 2], 0, INDEX % 2 ? 0x4432 : 0x4410);
+  } else {
+    code = codes[INDEX / 2] >> INDEX % 2 * 16 & ((1u << NBITS) - 1);
+  }
+  const u32 offset = code * WIDTH - base;
+  const bool mine = ENTRY_PARTS == 1 || offset < kEntries * WIDTH;
+#if WIDTH == 8
+  uint2 v = make_uint2(0, 0);
+  if (mine) v = *reinterpret_cast<const uint2*>(table + offset);
+  words[0] = v.x, words[1] = v.y;
+#else
+  words[0] = 0;
+  if (mine) words[0] = *reinterpret_cast<const u32*>(table + offset);
+#endif
+}
+
+constexpr int kStepGroups = 8 / WIDTH;  // looked up for one fragment
+
+// `even` and `odd` are where the lane's fragments of even and odd numbers start in the slot.
+template <int TILES, int STEP = 0>
+__device__ __forceinline__ void multiply(const u8* table, const u8* even, const u8* odd, const u32 (&codes)[ROW_TILES][kWords],
+                                         u32 base, float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
+  u32 weights[TILES][2];
+#pragma unroll
+  for (int r = 0; r < TILES; ++r) {
+    look_up<STEP * kStepGroups>(table, codes[r], base, weights[r]);
+    if constexpr (kStepGroups == 2) look_up<STEP * kStepGroups + 1>(table, codes[r], base, weights[r] + 1);
+  }
+#pragma unroll
+  for (int t = 0; t < TOKEN_TILES; ++t) {
+    const uint4 x = *reinterpret_cast<const uint4*>((STEP % 2 ? odd : even) + STEP / 2 * 128 + t * 8 * kRowBytes);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) mma_16x8x16(acc[r][t], x.x, x.y, x.z, x.w, weights[r][0], weights[r][1]);
+  }
+  if constexpr ((STEP + 1) * kStepGroups < kGroups) multiply<TILES, STEP + 1>(table, even, odd, codes, base, acc);
+}
+
+// `multiply` for a number of tiles known at run time only.
+template <int TILES>
+__device__ __forceinline__ void multiply_tiles(int tiles, const u8* table, const u8* even, const u8* odd,
+                                               const u32 (&codes)[ROW_TILES][kWords], u32 base,
+                                               float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
+  if constexpr (TILES > 0) {
+    if (tiles == TILES) {
+      multiply<TILES>(table, even, odd, codes, base, acc);
+    } else {
+      multiply_tiles<TILES - 1>(tiles, table, even, odd, codes, base, acc);
+    }
+  }
+}
+
+// Write one batch's sums: of one k warp straight from registers, of several through shared memory in fixed order.
+__device__ __forceinline__ void store_sums(const SlicedParams& p, float* sums, int tile0, int last_tile,
+                                           const float (&acc)[ROW_TILES][TOKEN_TILES][4]) {
+  constexpr int span = kTileRows * ROW_WARPS;  // rows of one round
+  constexpr int pitch = span + 4;
+  const int thread = opaque_thread();
+  const Place at = place(thread);
+  const long long all_rows = static_cast<long long>(gridDim.z) * p.rows;
+  float* out = p.partial + static_cast<long long>(blockIdx.x) * p.tokens * all_rows + static_cast<long long>(blockIdx.z) * p.rows;
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r) {
+    const int first = (tile0 + r * ROW_WARPS) * kTileRows, end = min(last_tile * kTileRows, p.rows);
+    if (first >= end) break;
+    if constexpr (kKWarps > 1) __syncthreads();  // the previous round has been read
+    auto put = [&](int token, int row, float sum) {
+      const int in_span = at.row_warp * kTileRows + row;
+      if (token >= p.tokens) return;
+      if constexpr (kKWarps > 1) {
+        sums[(at.k_warp * p.tokens + token) * pitch + in_span] = sum;
+      } else if (first + in_span < end) {
+        out[token * all_rows + first + in_span] = sum;
+      }
+    };
+    if constexpr (FEW_TOKENS) {
+      put(at.lane / 4, at.lane % 4, acc[r][0][0] + acc[r][0][3]);
+    } else {
+#pragma unroll
+      for (int t = 0; t < TOKEN_TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) put(t * 16 + at.lane / 4 + (i >> 1) * 8, at.lane % 4 * 2 + (i & 1), acc[r][t][i]);
+      }
+    }
+    if constexpr (kKWarps > 1) {
+      __syncthreads();
+      for (int i = thread; i < p.tokens * span; i += kThreads) {
+        const int token = i / span, in_span = i % span;
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kKWarps; ++k) sum += sums[(k * p.tokens + token) * pitch + in_span];
+        if (first + in_span < end) out[token * all_rows + first + in_span] = sum;
+      }
+      __syncwarp();  // whole warps at the next barrier
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const __grid_constant__ SlicedParams p) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const u8* table = shared;
+  const Place at = place(threadIdx.x);
+  const int slot_bytes = fragment_rows(p.tokens) * kRowBytes;
+  u8* slots = shared + kTableBytes + at.k_warp * p.slots * slot_bytes;
+  float* sums = reinterpret_cast<float*>(shared + kTableBytes + kKWarps * p.slots * slot_bytes);
+  const int group_thread = at.row_warp * 32 + at.lane;
+  const int dim_part = blockIdx.x % kDimParts, entry_part = blockIdx.x / kDimParts;
+  const u32 base = entry_part * kEntries * WIDTH;
+
+  const int by = blockIdx.y;
+  const int first_tile = by * p.tiles_each + min(by, p.tiles_over);
+  const int last_tile = first_tile + p.tiles_each + (by < p.tiles_over);
+  const int superblocks = (p.groups + kSuperblock - 1) / kSuperblock;
+  const int blocks = (superblocks - at.k_warp + kKWarps - 1) / kKWarps;  // of this k warp
+  const bool resident = blocks <= p.slots;  // x of all this warp's superblocks stays staged
+
+  const u16* codes = p.codes + blockIdx.z * p.code_stride * p.rows;
+  const int row_in_tile = at.lane / kLanesPerRow, part = at.lane % kLanesPerRow;
+  u32 next[ROW_TILES][kWords];
+  auto fetch = [&](int tile0, int superblock) {
+    const int tile = tile0 + at.row_warp;
+#if ALIGNED
+    // The usual case without a clamp: whole batches of whole tiles.
+    if (tile0 + kBatch <= last_tile && (tile0 + kBatch) * kTileRows <= p.rows && (superblock + 1) * kSuperblock <= p.groups) {
+      const u16* from = codes + (tile * kTileRows + row_in_tile) * p.code_stride + superblock * kSuperblock + part * kGroups;
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        load_once(reinterpret_cast<const u8*>(from + r * ROW_WARPS * kTileRows * p.code_stride), true, next[r]);
+      }
+      return;
+    }
+#endif
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const u16* row = codes + min((tile + r * ROW_WARPS) * kTileRows + row_in_tile, p.rows - 1) * p.code_stride;
+      load_codes(p, row, superblock, part, tile + r * ROW_WARPS < last_tile, next[r]);
+    }
+  };
+  auto stage = [&](int slot, int superblock) {
+    const u8* from = p.x + (static_cast<long long>(dim_part) * superblocks + superblock) * slot_bytes;
+    const u32 to = shared_address(slots) + slot * slot_bytes;
+#pragma unroll 2
+    for (int i = group_thread * 16; i < slot_bytes; i += ROW_WARPS * 32 * 16) copy_async_16(to + i, from + i, true);
+  };
+  if (blocks > 0 && first_tile < last_tile) fetch(first_tile, at.k_warp);
+  const int entries = min(kEntries, (1 << NBITS) - entry_part * kEntries);
+  const u8* book = p.book + ((static_cast<long long>(blockIdx.z) << NBITS) + entry_part * kEntries) * GROUP * 2 + dim_part * WIDTH;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    copy_entry(shared_address(table) + i * WIDTH, book + static_cast<long long>(i) * GROUP * 2);
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");                // until slice_x is done
+  asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
+#endif
+  if (blocks > 0 && first_tile < last_tile) stage(0, at.k_warp);
+  copy_async_wait();
+  __syncthreads();
+
+  // Fragments of odd rows have neighbours swapped, against bank conflicts.
+  const int fragment_row = min(at.lane / 4, fragment_rows(p.tokens) - 1);
+  const u8* lane_slots = slots + fragment_row * kRowBytes + at.lane % 4 * 16;
+  const int even = (fragment_row & 1) * 64, odd = 64 - even;
+  int slot = 0;
+  for (int tile0 = first_tile; tile0 < last_tile; tile0 += kBatch) {
+    const int mine = (min(kBatch, last_tile - tile0) - at.row_warp + ROW_WARPS - 1) / ROW_WARPS;
+    const bool stages = !resident || tile0 == first_tile;
+    float acc[ROW_TILES][TOKEN_TILES][4] = {};
+    for (int b = 0; b < blocks; ++b) {
+      // Waits for the codes before more are asked for: the hardware cannot wait for the older of two loads.
+      u32 now[ROW_TILES][kWords];
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) now[r][w] = next[r][w];
+      if (stages) {
+        copy_async_wait();
+        if constexpr (ROW_WARPS == 1) {
+          __syncwarp();
+        } else if constexpr (kKWarps == 1) {
+          __syncthreads();
+        } else {
+          group_barrier<ROW_WARPS * 32, kKWarps>(at.k_warp);
+        }
+      }
+      const u8* staged = lane_slots + slot * slot_bytes;
+      const bool wraps = b + 1 == blocks;
+      const int next_tile0 = wraps ? tile0 + kBatch : tile0;
+      const int next_block = at.k_warp + (wraps ? 0 : (b + 1) * kKWarps);
+      slot = slot + 1 == p.slots || (resident && wraps) ? 0 : slot + 1;
+      if (next_tile0 < last_tile) {
+        if (!resident || (stages && !wraps)) stage(slot, next_block);
+        fetch(next_tile0, next_block);
+      }
+      multiply_tiles<ROW_TILES>(mine, table, staged + even, staged + odd, now, base, acc);
+    }
+    store_sums(p, sums, tile0, last_tile, acc);
+  }
+}
+
+struct FragmentParams {
+  const u16* x;        // [tokens, GROUP * groups], rows start at multiples of 4 bytes
+  u8* fragments;       // SlicedParams.x
+  long long x_stride;  // elements
+  int tokens, groups, superblocks;
+};
+
+// Arrange x as the A fragments of `sliced_codebook`, zeros beyond the last token and group. One thread for each 16 bytes.
+extern "C" __global__ void __launch_bounds__(256) slice_x(const __grid_constant__ FragmentParams p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // sliced_codebook may load its table meanwhile
+#endif
+  const int rows = fragment_rows(p.tokens);
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  int rest = i / (4 * kFragments);
+  const int column = i % (4 * kFragments), row = rest % rows;
+  rest /= rows;
+  const int superblock = rest % p.superblocks, dim_part = rest / p.superblocks;
+  if (dim_part >= kDimParts) return;
+  const int fragment = column / 4 ^ (row & 1), quad = column % 4;
+  u32 words[4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int byte = (fragment * 2 + half) * 4;  // of the lane's groups, in the slice
+    const int at = dim_part * WIDTH + byte % WIDTH;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      const int token = FEW_TOKENS ? row : row / 8 * 16 + row % 8 + lower * 8;
+      const int part = FEW_TOKENS ? lower * 4 + quad : quad;
+      const int group = superblock * kSuperblock + part * kGroups + byte / WIDTH;
+      const u16* from = p.x + token * p.x_stride + static_cast<long long>(group) * GROUP + at / 2;
+      words[half * 2 + lower] = token < p.tokens && group < p.groups ? *reinterpret_cast<const u32*>(from) : 0;
+    }
+  }
+  reinterpret_cast<uint4*>(p.fragments)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+}
