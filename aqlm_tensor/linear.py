@@ -1,6 +1,6 @@
 """An nn.Linear with an AQLM weight: still an nn.Linear."""
 
-import types
+import functools
 from collections.abc import Sequence
 
 from torch import nn
@@ -15,7 +15,7 @@ def set_quantized(layers: Sequence[nn.Linear], weight: AQLMTensor) -> None:
     parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     for layer in layers:
         layer.weight = parameter
-        layer.extra_repr = types.MethodType(_linear_extra_repr, layer)
+        layer.extra_repr = functools.partial(_linear_extra_repr, layer)  # which, unlike a method, can be pickled
 
 
 def _linear_extra_repr(module: nn.Linear) -> str:
