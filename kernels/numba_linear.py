@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import numba_codes
+from aqlm_tensor.kernels.numba_bytes import can_permute
 from aqlm_tensor.kernels.numba_decode import LARGE_BOOKS, Weight, decode_rows
 from aqlm_tensor.kernels.numba_gather import TOKENS, gather_linear
-from aqlm_tensor.kernels.numba_lookup import lookup_linear
+from aqlm_tensor.kernels.numba_lookup import PERMUTE_TOKENS, lookup_linear
 from aqlm_tensor.kernels.numba_parallel import as_float32
 from aqlm_tensor.kernels.numba_product import product, product_input_grad
 from aqlm_tensor.kernels.registry import Problem
@@ -91,8 +92,10 @@ def method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]
     def by_gather(tokens: int) -> float:
         return -(-group // 8) * codes * (gather + (0.4 + 0.2 * tokens) / num_codebooks)
 
-    def by_lookup(lanes: int) -> float:
-        per_lookup, per_product = _LOOKUP_COSTS[lanes]
+    lookup_costs = _LOOKUP_COSTS | _PERMUTE_COSTS if can_permute() else _LOOKUP_COSTS
+
+    def by_lookup(tokens: int) -> float:
+        per_lookup, per_product = lookup_costs[tokens]
         return per_lookup * codes + per_product * table
 
     decode = _DECODE_COST * (1 + num_codebooks / 2) / min(group, 8)
@@ -101,7 +104,7 @@ def method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]
         "product": weights * (decode + _PRODUCT_COST * (-(-rows // 6) * 6)),
     }
     if size <= 256:
-        costs["lookup"] = _LOOKUP_CALL + _swept(rows, tuple(_LOOKUP_COSTS), by_lookup)
+        costs["lookup"] = _LOOKUP_CALL + _swept(rows, tuple(sorted(lookup_costs)), by_lookup)
     return min(costs, key=costs.__getitem__)
 
 
@@ -114,7 +117,7 @@ def _swept(rows: int, widths: tuple[int, ...], cost: Callable[[int], float]) -> 
 
 # The cost model, in nanoseconds, fitted to one core of an AMD EPYC (Zen 4). Only ratios matter, and they differ little
 # between processors because every way is bound by the caches and the vector units; being constants, they make the
-# same choice, and so the same bits, in every process.
+# same choice, and so the same bits, in every process of a machine.
 _LOOKUP_CALL = 15_000.0  # more than the others need before they begin
 _LOOKUP_COSTS = {  # lanes: per lookup, per entry and input of a table
     1: (0.28, 0.06),
@@ -122,6 +125,7 @@ _LOOKUP_COSTS = {  # lanes: per lookup, per entry and input of a table
     8: (0.45, 0.22),
     16: (0.70, 0.28),
 }
+_PERMUTE_COSTS = {tokens: (0.11 * tokens, 0.06 * tokens) for tokens in range(1, PERMUTE_TOKENS + 1)}
 _GATHER = 0.3  # per code and 8 floats
 _GATHER_LARGE = 1.0  # the same from books that the second-level cache does not hold
 _DECODE_COST = 1.1  # per group of at most 8, half of it again for each codebook

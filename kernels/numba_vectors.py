@@ -20,7 +20,9 @@ __all__ = [
     "fetch_add",
     "float_at",
     "fma",
+    "fma_of",
     "inner_fma",
+    "intrinsic",
     "lanes_of",
     "load",
     "load_bfloat16",
@@ -28,8 +30,11 @@ __all__ = [
     "load_each",
     "load_float16",
     "multiply",
+    "pointer_to",
+    "prefetch",
     "splat",
     "splat_each",
+    "splat_of",
     "store",
     "store_each",
     "store_float",
@@ -57,17 +62,20 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.VectorType(ir.FloatType(), fe_type.lanes))
 
 
-def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+def pointer_to(builder: Any, address: Any, pointee: Any) -> Any:
+    """For the bodies of intrinsics: an address as a pointer to an IR type."""
     return builder.inttoptr(address, pointee.as_pointer())
 
 
-def _splat(builder: Any, value: Any, vector: Any) -> Any:
+def splat_of(builder: Any, value: Any, vector: Any) -> Any:
+    """For the bodies of intrinsics: the vector of an IR type with the same value in each lane."""
     undefined = ir.Constant(vector, ir.Undefined)
     single = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(single, undefined, _lane_mask([0] * vector.count))
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def fma_of(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """For the bodies of intrinsics: a * b + c of float32 vectors, rounded once."""
     signature = ir.FunctionType(a.type, [a.type] * 3)  # llvmlite's own builder.fma takes no vectors
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.v{a.type.count}f32")
     return builder.call(function, (a, b, c))
@@ -92,7 +100,7 @@ def float_at(typingctx, address):  # noqa: ANN001, ANN201, ARG001
     """The float32 at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.load(_pointer(builder, args[0], ir.FloatType()), align=4)
+        return builder.load(pointer_to(builder, args[0], ir.FloatType()), align=4)
 
     return types.float32(types.int64), codegen
 
@@ -102,7 +110,7 @@ def load(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
     """The vector at an address, of the type of the vector `like`; no alignment beyond 4 bytes is assumed."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return builder.load(_pointer(builder, args[0], context.get_value_type(like)), align=4)
+        return builder.load(pointer_to(builder, args[0], context.get_value_type(like)), align=4)
 
     return like(types.int64, like), codegen
 
@@ -112,7 +120,7 @@ def load_bfloat16(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
     """The bfloat16 values at an address, widened to a vector of the type of `like`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        bits = builder.load(_pointer(builder, args[0], ir.VectorType(ir.IntType(16), like.lanes)), align=2)
+        bits = builder.load(pointer_to(builder, args[0], ir.VectorType(ir.IntType(16), like.lanes)), align=2)
         words = builder.zext(bits, ir.VectorType(ir.IntType(32), like.lanes))
         shift = ir.Constant(words.type, [16] * like.lanes)
         return builder.bitcast(builder.shl(words, shift), context.get_value_type(like))
@@ -125,7 +133,7 @@ def load_float16(typingctx, address, like):  # noqa: ANN001, ANN201, ARG001
     """The float16 values at an address, widened to a vector of the type of `like`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        halves = builder.load(_pointer(builder, args[0], ir.VectorType(ir.HalfType(), like.lanes)), align=2)
+        halves = builder.load(pointer_to(builder, args[0], ir.VectorType(ir.HalfType(), like.lanes)), align=2)
         return builder.fpext(halves, context.get_value_type(like))
 
     return like(types.int64, like), codegen
@@ -146,7 +154,7 @@ def store(typingctx, address, vector):  # noqa: ANN001, ANN201, ARG001
     """Write a vector to an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        builder.store(args[1], _pointer(builder, args[0], context.get_value_type(vector)), align=4)
+        builder.store(args[1], pointer_to(builder, args[0], context.get_value_type(vector)), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), codegen
@@ -157,7 +165,7 @@ def store_float(typingctx, address, value):  # noqa: ANN001, ANN201, ARG001
     """Write a float32 to an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        builder.store(args[1], _pointer(builder, args[0], ir.FloatType()), align=4)
+        builder.store(args[1], pointer_to(builder, args[0], ir.FloatType()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
@@ -172,7 +180,7 @@ def load_bits(typingctx, address, bits):  # noqa: ANN001, ANN201, ARG001
     stored = ir.IntType(bits.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        value = builder.load(_pointer(builder, args[0], stored), align=1)
+        value = builder.load(pointer_to(builder, args[0], stored), align=1)
         value.volatile = True
         return builder.zext(value, ir.IntType(64))
 
@@ -184,7 +192,7 @@ def splat(typingctx, value, like):  # noqa: ANN001, ANN201, ARG001
     """The vector of the type of `like` with the same float32 in each lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return _splat(builder, args[0], context.get_value_type(like))
+        return splat_of(builder, args[0], context.get_value_type(like))
 
     return like(types.float32, like), codegen
 
@@ -225,7 +233,7 @@ def fma(typingctx, a, b, c):  # noqa: ANN001, ANN201, ARG001
     """a * b + c, lane by lane, rounded once."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        return _fma(builder, *args)
+        return fma_of(builder, *args)
 
     return a(a, b, c), codegen
 
@@ -281,7 +289,7 @@ def load_each(typingctx, address, stride, like):  # noqa: ANN001, ANN201, ARG001
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         vector = context.get_value_type(like.dtype)
         places = _strided(builder, args[0], args[1], like.count)
-        loaded = [builder.load(_pointer(builder, place, vector), align=4) for place in places]
+        loaded = [builder.load(pointer_to(builder, place, vector), align=4) for place in places]
         return context.make_tuple(builder, like, loaded)
 
     return like(types.int64, types.int64, like), codegen
@@ -294,8 +302,8 @@ def splat_each(typingctx, address, stride, like):  # noqa: ANN001, ANN201, ARG00
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         vector = context.get_value_type(like.dtype)
         places = _strided(builder, args[0], args[1], like.count)
-        floats = [builder.load(_pointer(builder, place, ir.FloatType()), align=4) for place in places]
-        return context.make_tuple(builder, like, [_splat(builder, value, vector) for value in floats])
+        floats = [builder.load(pointer_to(builder, place, ir.FloatType()), align=4) for place in places]
+        return context.make_tuple(builder, like, [splat_of(builder, value, vector) for value in floats])
 
     return like(types.int64, types.int64, like), codegen
 
@@ -308,7 +316,7 @@ def store_each(typingctx, address, stride, vectors):  # noqa: ANN001, ANN201, AR
         vector = context.get_value_type(vectors.dtype)
         places = _strided(builder, args[0], args[1], vectors.count)
         for place, value in zip(places, cgutils.unpack_tuple(builder, args[2]), strict=True):
-            builder.store(value, _pointer(builder, place, vector), align=4)
+            builder.store(value, pointer_to(builder, place, vector), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, vectors), codegen
@@ -322,7 +330,7 @@ def inner_fma(typingctx, total, a, b):  # noqa: ANN001, ANN201, ARG001
         result = args[0]
         lefts, rights = (cgutils.unpack_tuple(builder, arg) for arg in args[1:])
         for left, right in zip(lefts, rights, strict=True):
-            result = _fma(builder, left, right, result)
+            result = fma_of(builder, left, right, result)
         return result
 
     return total(total, a, b), codegen
@@ -335,7 +343,7 @@ def tile_fma(typingctx, tile, a, b):  # noqa: ANN001, ANN201, ARG001
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         sums, lefts, rights = (cgutils.unpack_tuple(builder, arg) for arg in args)
         pairs = [(left, right) for left in lefts for right in rights]
-        updated = [_fma(builder, left, right, total) for (left, right), total in zip(pairs, sums, strict=True)]
+        updated = [fma_of(builder, left, right, total) for (left, right), total in zip(pairs, sums, strict=True)]
         return context.make_tuple(builder, tile, updated)
 
     return tile(tile, a, b), codegen
@@ -346,7 +354,23 @@ def fetch_add(typingctx, address):  # noqa: ANN001, ANN201, ARG001
     """Add 1 to the int64 at an address, atomically (acquire and release), and return what it was."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
-        pointer = _pointer(builder, args[0], ir.IntType(64))
+        pointer = pointer_to(builder, args[0], ir.IntType(64))
         return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):  # noqa: ANN001, ANN201, ARG001
+    """Ask for the cache line at an address, which may be beyond any memory of ours."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        line = pointer_to(builder, args[0], ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [line.type, *[ir.IntType(32)] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(
+            function, (line, *(ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)))
+        )  # read, all levels, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen

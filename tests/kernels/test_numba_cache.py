@@ -80,9 +80,9 @@ def test_codebooks_and_scales_are_not_cached() -> None:
 
 
 _SCRIPT = """
-import aqlm_tensor.kernels.numba_lookup as lookup
-kernel = lookup._finish_kernel()
-print(kernel.compiled.cache_hits, lookup.__file__)
+import aqlm_tensor.kernels.numba_sums as sums
+kernel = sums.finish_kernel()
+print(kernel.compiled.cache_hits, sums.__file__)
 """
 
 
