@@ -73,8 +73,7 @@ def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
     """Call an op, by the shortest way that nothing can tell from the others.
 
     A small product takes as long as the op's autograd layer (18 us), which is left out if no gradient can flow, or the
-    dispatcher (10 us), which is left out if neither a mode, a transform, a tracer, a profiler nor another subclass looks
-    on.
+    dispatcher (10 us), which is left out if no mode, transform, tracer, profiler or other subclass looks on.
     """
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
