@@ -1,4 +1,4 @@
-"""The quantization_config of a checkpoint: the scheme of each layer, as the official AQLM code and Transformers write it.
+"""The quantization_config of a checkpoint: the scheme of each layer, as the official code and Transformers write it.
 
 The base fields hold the commonest scheme; layers that differ are listed in the "aqlm_tensor" entry, which other readers
 ignore. Layers that stay dense are listed with and without ".weight", since readers differ in what they compare with.

@@ -5,7 +5,7 @@ are JSON-able through torchao's `config_to_dict` and `config_from_dict`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
@@ -47,6 +47,8 @@ class AQLMWeightConfig(AOBaseConfig):
         ValueError: for an unknown scheme or option, naming the accepted ones.
         TypeError: for a field of the wrong type.
     """
+
+    quant_method: ClassVar[str] = "aqlm"  # by which Transformers finds the quantizer for a config that it is given
 
     scheme: str
     step: Literal["prepare", "convert"] | None = field(default=None, kw_only=True)

@@ -10,10 +10,10 @@ E experts.
 """
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from aqlm_tensor.codes import check_codes
@@ -45,10 +45,12 @@ class AQLMTensor(TorchAOBaseTensor):
     With a leading dimension E on all three tensors it is a stack [E, O, I] of expert weights.
 
     Args:
-        codes: as above, taken as it is (never copied or changed).
+        codes: as above, taken as it is (never copied or changed). Or an AQLMTensor alone, which makes it an
+            `nn.Parameter`: accelerate rebuilds a parameter that it moved as `type(old)(moved, requires_grad=...)`.
         codebooks: as above.
         scales: as above.
         orientation: as above.
+        requires_grad: False, unless an error is wanted.
 
     Raises:
         TypeError: for something that is not a tensor, or a wrong dtype.
@@ -64,9 +66,19 @@ class AQLMTensor(TorchAOBaseTensor):
     scales: Tensor
     orientation: Orientation
 
-    def __new__(cls, codes: Tensor, codebooks: Tensor, scales: Tensor, orientation: Orientation = "matrix") -> Self:
+    def __new__(
+        cls,
+        codes: Tensor,
+        codebooks: Tensor | None = None,
+        scales: Tensor | None = None,
+        orientation: Orientation = "matrix",
+        *,
+        requires_grad: bool = False,
+    ) -> Self:
         """Validate the three tensors and wrap them."""
-        _check_parts(codes, codebooks, scales)
+        if isinstance(codes, cls) and codebooks is None:
+            return cast("Self", nn.Parameter(codes, requires_grad=requires_grad))
+        codes, codebooks, scales = _check_parts(codes, codebooks, scales)
         shape = (*codes.shape[:-3], *ops.weight_shape(codes, codebooks))
         strides = _contiguous_strides(shape)
         if orientation == "transposed":
@@ -85,14 +97,16 @@ class AQLMTensor(TorchAOBaseTensor):
         self.codebooks = codebooks
         self.scales = scales
         self.orientation = orientation
-        return self
+        return self.requires_grad_(requires_grad)
 
     def __init__(
         self,
         codes: Tensor,
-        codebooks: Tensor,
-        scales: Tensor,
+        codebooks: Tensor | None = None,
+        scales: Tensor | None = None,
         orientation: Orientation = "matrix",
+        *,
+        requires_grad: bool = False,
     ) -> None:
         super().__init__()
 
@@ -260,8 +274,8 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_parts(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
-    """Raise TypeError or ValueError unless the three tensors make a weight together."""
+def _check_parts(codes: Any, codebooks: Any, scales: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors; raises TypeError or ValueError unless they make a weight together."""
     for name, part in (("codes", codes), ("codebooks", codebooks), ("scales", scales)):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(part).__name__}")
@@ -273,6 +287,7 @@ def _check_parts(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
     if len(devices) > 1:
         raise ValueError(f"codes, codebooks and scales lie on different devices {sorted(devices)}: move them to one")
     _check_shapes(codes, codebooks, scales)
+    return codes, codebooks, scales
 
 
 def _check_shapes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
@@ -305,6 +320,6 @@ def _check_shapes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
         raise ValueError(f"{codes.shape[-3]} output groups cannot be split into {partitions} equal partitions")
 
 
-from aqlm_tensor import tensor_ops, tensor_views  # noqa: E402, F401 - they register handlers on the class above
+from aqlm_tensor import tensor_experts, tensor_ops, tensor_views  # noqa: E402, F401 - they register handlers on the class above
 
 torch.serialization.add_safe_globals([AQLMTensor])

@@ -185,6 +185,15 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
+@implements(aten.squeeze.dim)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
+    w, dim = args
+    if w.dim() < 3 or dim % w.dim() != 0:
+        raise ValueError(f"can only squeeze the first dimension of a stack of AQLMTensors, not {dim}: {REMEDY}")
+    out = w._apply_fn_to_data(lambda part: part.squeeze(0))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
 @implements(aten.stack.default)
 def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     tensors, dim = bind(("tensors", "dim"), args, kwargs)

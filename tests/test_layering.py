@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.codes",),
     ("aqlm_tensor.kernels",),
     ("aqlm_tensor.quantizer",),
-    ("aqlm_tensor.tensor", "aqlm_tensor.tensor_ops", "aqlm_tensor.tensor_views"),
+    ("aqlm_tensor.tensor", "aqlm_tensor.tensor_experts", "aqlm_tensor.tensor_ops", "aqlm_tensor.tensor_views"),
     ("aqlm_tensor.linear",),
     ("aqlm_tensor.fusion",),
     ("aqlm_tensor.decode_graph",),

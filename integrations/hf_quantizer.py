@@ -1,0 +1,236 @@
+"""AqlmQuantizer: how Transformers loads, quantizes on the fly, saves and dequantizes AQLM models.
+
+It replaces Transformers' own AQLM quantizer, which looks for modules under the names of weights, so that `lm_head`
+becomes a quantized layer without values and experts stay random. Modules keep their class here; only parameters change
+type, and the checkpoint's tensors decide which.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightTransform
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from aqlm_tensor.checkpoint import PARTS
+from aqlm_tensor.integrations.hf_checkpoint import check_checkpoint
+from aqlm_tensor.integrations.hf_config import AqlmConfig
+from aqlm_tensor.integrations.hf_conversion import (
+    Problems,
+    checkpoint_weights,
+    is_ours,
+    linear_converter,
+    original_of,
+    with_parts,
+)
+from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight, targets_of
+from aqlm_tensor.linear import set_quantized
+from aqlm_tensor.scheme import AQLMScheme
+from aqlm_tensor.tensor import AQLMTensor
+
+__all__ = ["AqlmQuantizer", "attach", "memory_footprint"]
+
+
+class AqlmQuantizer(HfQuantizer):
+    """Transformers' hooks for `quant_method: aqlm`.
+
+    Args:
+        quantization_config: an AqlmConfig, or what `AqlmConfig.of` makes one of.
+        kwargs: of HfQuantizer; `pre_quantized` says whether the checkpoint is quantized already.
+    """
+
+    requires_calibration = False
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": list(PARTS)}
+    quantization_config: AqlmConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(AqlmConfig.of(quantization_config), **kwargs)
+        self._problems = Problems()
+        self._files: Sequence[str] | None = None
+        self._sizes: dict[str, int] = {}
+        self._model_transforms: list[WeightTransform] = []
+        self._targets: dict[str, Any] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to offload to disk, which would write tensors one by one as plain arrays.
+
+        Raises:
+            ValueError: if a device map places a part on the disk.
+        """
+        if isinstance(device_map, dict) and "disk" in {str(device) for device in device_map.values()}:
+            on_disk = [name for name, device in device_map.items() if str(device) == "disk"]
+            raise ValueError(
+                f"AQLM weights cannot be offloaded to disk, where the device map puts {', '.join(on_disk[:5])}: "
+                'offload to "cpu", or pass max_memory with more room'
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._files = checkpoint_files
+        if not self.pre_quantized:
+            self._targets = targets_of(model, self.quantization_config)
+        elif checkpoint_files is None:
+            raise ValueError("an AQLM model is loaded from its files: pass a folder and no state_dict")
+
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
+        """Add converters for quantized weights, and check the checkpoint against the model.
+
+        Raises:
+            ValueError: if they do not fit (see `check_checkpoint`).
+        """
+        if not self.pre_quantized:
+            return weight_conversions
+        parts = [with_parts(entry, self._problems) for entry in weight_conversions if hasattr(entry, "operations")]
+        ours = [*(entry for entry in parts if entry is not None), linear_converter(self._problems)]
+        transforms = [*weight_conversions, *ours]
+        if self._files is not None:  # None when PEFT asks for the conversions of a loaded model
+            self._model_transforms = weight_conversions
+            config = self.quantization_config.parsed()
+            self._sizes = check_checkpoint(model, self._files, transforms, config)
+            self._files = None
+        return transforms
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a dense weight is quantized as it arrives."""
+        return param_name in self._targets
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Stored bytes per weight, so that device maps are planned with the real size."""
+        if param_name in self._targets:
+            config = self._targets[param_name]
+            scheme = AQLMScheme.parse(config.scheme)
+            bits = scheme.bits_per_weight(*param.shape[-2:], float_bits=8 * param.element_size())
+            return bits / 8
+        if param_name in self._sizes and param.numel():
+            return self._sizes[param_name] / param.numel()
+        return param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeWeight:
+        """The operation that quantizes one dense weight."""
+        return QuantizeWeight(self._targets, self._problems)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._problems.raise_any()
+        used = [entry for entry in model._weight_conversions if not is_ours(entry)]
+        merged = [entry for entry in model._weight_conversions if is_ours(entry)]
+        originals = [original_of(entry, self._model_transforms) for entry in merged]
+        model._weight_conversions = [
+            entry for entry in self._model_transforms if entry in used or entry in originals
+        ] or used
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and isinstance(module.weight, AQLMTensor):
+                set_quantized([module], module.weight)
+        if not self.pre_quantized:
+            self._describe(model)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to save, with quantized weights taken apart; brings config.quantization_config up to date."""
+        return self._describe(model), {}
+
+    def _describe(self, model: Any) -> dict[str, Tensor]:
+        """The state dict to save, after making the config say what it holds."""
+        state = model.state_dict()
+        pieces = checkpoint_weights(model, _quantized(model, state))
+        schemes = {stored.removesuffix(".weight"): piece.scheme for stored, piece in pieces.values()}
+        if schemes:
+            self.quantization_config = _updated(self.quantization_config, model, schemes)
+            model.config.quantization_config = self.quantization_config
+        plain = {name: value for name, value in state.items() if not isinstance(value, AQLMTensor)}
+        for name, (_, piece) in pieces.items():
+            for part, tensor in zip(PARTS, piece.parts(), strict=True):
+                plain[f"{name.removesuffix('.weight')}.{part}"] = _alone(tensor)
+        return plain
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dense: dict[int, nn.Parameter] = {}  # weights that modules share stay shared
+        for module in model.modules():
+            for name, weight in list(module._parameters.items()):
+                if isinstance(weight, AQLMTensor):
+                    if id(weight) not in dense:
+                        dense[id(weight)] = nn.Parameter(weight.dequantize().to(dtype))
+                    module._parameters[name] = dense[id(weight)]
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """Trainer may train adapters on the model."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile the model."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """save_pretrained works."""
+        return True
+
+
+def attach(model: Any) -> bool:
+    """Give a Transformers model that was quantized in place (by `quantize_`) what one loaded from a checkpoint has.
+
+    `save_pretrained` and `dequantize` do it by themselves.
+
+    Returns:
+        Whether the model has AQLM weights and had no quantizer.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return False
+    schemes = {name: weight.scheme for name, weight in _quantized(model, model.state_dict()).items()}
+    if not schemes:
+        return False
+    quantizer = AqlmQuantizer(AqlmConfig.describing(schemes, ()), pre_quantized=True)
+    quantizer.quantization_config.linear_weights_not_to_quantize = []
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QuantizationMethod.AQLM
+    quantizer._describe(model)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._is_quantized = True
+    return True
+
+
+def memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
+    """Bytes of a model's parameters (and buffers), codes at their real size."""
+    tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
+    parts = [part for tensor in tensors for part in (tensor.parts() if isinstance(tensor, AQLMTensor) else (tensor,))]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _quantized(model: Any, state: dict[str, Any]) -> dict[str, AQLMTensor]:
+    """The model's quantized weights by name, without those that its class ties to another, offloaded ones included."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    weights = {}
+    for name, value in state.items():
+        if not isinstance(value, AQLMTensor):
+            continue
+        source = ties.get(name)
+        if source in state and model.get_parameter(source) is model.get_parameter(name):
+            continue
+        weights[name] = load_offloaded_parameter(model, name) if value.is_meta else value
+    return weights
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor contiguous and alone in its memory, as safetensors wants it."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _updated(config: AqlmConfig, model: Any, schemes: dict[str, AQLMScheme]) -> AqlmConfig:
+    """A config that describes a model: the one it was loaded with as long as that is right."""
+    parsed = config.parsed()
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module.weight, AQLMTensor)
+    ]
+    right = all(parsed.scheme_of(layer) == scheme for layer, scheme in schemes.items())
+    if right and parsed.dense.isdisjoint(schemes) and parsed.dense.issuperset(dense):
+        return config
+    return AqlmConfig.describing(schemes, dense)
