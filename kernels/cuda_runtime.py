@@ -12,13 +12,15 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
     "Kernel",
@@ -30,6 +32,7 @@ __all__ = [
     "load_kernel",
     "on_device",
     "prepared",
+    "why_not_groups_of_8",
     "why_not_on",
 ]
 
@@ -51,6 +54,27 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and major < 8:
         return f"needs compute capability 8.0 for bfloat16, this GPU has {major}.{minor}; use float16"
     return None
+
+
+def why_not_groups_of_8(
+    problem: Problem, num_codebooks: Collection[int], dtypes: Collection[torch.dtype]
+) -> str | None:
+    """Why a kernel for codes of at most 8 bits over groups of 8 inputs cannot run a problem; None if it can.
+
+    Args:
+        problem: what is to be computed.
+        num_codebooks: the numbers of codebooks the kernel has.
+        dtypes: the dtypes it computes in.
+    """
+    scheme = problem.scheme
+    if scheme.in_group_size != 8 or scheme.out_group_size != 1:
+        return f"needs groups of 8 inputs and 1 output, not {scheme}"
+    if scheme.num_codebooks not in num_codebooks or scheme.nbits_per_codebook > 8:
+        return f"needs {', '.join(map(str, num_codebooks))} codebooks of at most 8 bits, not {scheme}"
+    if problem.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"computes in {names}, not {problem.dtype}"
+    return why_not_on(problem.device, problem.dtype)
 
 
 @functools.cache
@@ -79,9 +103,12 @@ _NOTHING = contextlib.nullcontext()
 
 @functools.cache
 def device_arch(index: int) -> str:
-    """The architecture name NVRTC compiles for on CUDA device `index`, for example ``"sm_90"``."""
+    """The architecture name NVRTC compiles for on CUDA device `index`, for example ``"sm_80"``.
+
+    For Hopper it is ``"sm_90a"``, without which its warpgroup instructions do not compile.
+    """
     major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
 @functools.cache
