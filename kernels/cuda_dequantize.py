@@ -30,14 +30,7 @@ _SHARED_BYTES = 64 << 10  # of books per block: leaves two blocks or more on a m
 
 def supports(problem: Problem) -> str | None:
     """Why these kernels cannot run a problem, or None if they can."""
-    scheme = problem.scheme
-    if scheme.in_group_size != 8 or scheme.out_group_size != 1:
-        return f"needs groups of 8 inputs and 1 output, not {scheme}"
-    if scheme.num_codebooks > 8 or scheme.nbits_per_codebook > 8:
-        return f"needs at most 8 codebooks of at most 8 bits, not {scheme}"
-    if problem.dtype not in _DTYPES:
-        return f"computes in float16, bfloat16 or float32, not {problem.dtype}"
-    return cuda_runtime.why_not_on(problem.device, problem.dtype)
+    return cuda_runtime.why_not_groups_of_8(problem, range(1, 9), _DTYPES)
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:

@@ -23,18 +23,11 @@ _TOKENS = 8
 
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot run a problem, or None if it can."""
-    scheme = problem.scheme
     if problem.op != "linear":
         return "computes linear only"
-    if scheme.in_group_size != 8 or scheme.out_group_size != 1:
-        return f"needs groups of 8 inputs and 1 output, not {scheme}"
-    if scheme.num_codebooks > 8 or scheme.nbits_per_codebook > 8:
-        return f"needs at most 8 codebooks of at most 8 bits, not {scheme}"
     if not 1 <= problem.rows <= MAX_TOKENS:
         return f"runs 1 to {MAX_TOKENS} rows of x, not {problem.rows}"
-    if problem.dtype != torch.float32:
-        return f"computes in float32, not {problem.dtype}"
-    return cuda_runtime.why_not_on(problem.device, problem.dtype)
+    return cuda_runtime.why_not_groups_of_8(problem, range(1, 9), (torch.float32,))
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
