@@ -15,18 +15,10 @@
 //
 // Compile-time constants: NUM_BOOKS, NBITS, DTYPE_BF16, WARPS, ROW_TILES (tiles a warp accumulates at once), TOKEN_TILES,
 // ROW_WARPS, GROUPS_PER_LANE, COPIES, ALIGNED (1: every row of codes is a whole number of aligned lane vectors).
-#include "common.cuh"
+#include "codebooks.cuh"
 
 #define GROUPS_PER_STEP 4
 constexpr int kSuperblock = GROUPS_PER_STEP * GROUPS_PER_LANE;  // groups of one staged piece of x
-constexpr int kLaneBytes = GROUPS_PER_LANE * NUM_BOOKS;         // codes one lane reads at once from one row
-constexpr int kWords = (kLaneBytes + 3) / 4;
-// Two codebooks share a table row: entry e of book b stands at table b / 2, row e, half b % 2. With 8 copies a row has
-// 256 bytes, so that one byte permutation makes a code byte into an address.
-constexpr int kHalfBytes = 16 * COPIES;
-constexpr int kRowBytes = COPIES == 8 || NUM_BOOKS > 1 ? 2 * kHalfBytes : kHalfBytes;
-constexpr int kTableBytes = kRowBytes << NBITS;
-constexpr int kBooksBytes = (NUM_BOOKS + 1) / 2 * kTableBytes;
 constexpr int kSlotBytes = TOKEN_TILES * 8 * kSuperblock * 16;
 constexpr int kKWarps = WARPS / ROW_WARPS;
 constexpr int kBatch = ROW_TILES * ROW_WARPS;  // tiles a block accumulates at once
@@ -103,31 +95,6 @@ __device__ __forceinline__ void load_codes(const LinearParams& p, const u8* row,
     }
   }
 #endif
-}
-
-// The entry of book BOOK that byte BYTE of the lane's codes names. `column` is the lane's copy, in bytes.
-template <int BYTE, int BOOK>
-__device__ __forceinline__ uint4 look_up(const u8* books, const u32 (&words)[kWords], u32 column) {
-  constexpr int kShift = 8 * (BYTE % 4);
-  u32 word = words[BYTE / 4], offset;
-  if constexpr (kRowBytes == 256 && NBITS == 8) {
-    offset = __byte_perm(word, column, 0x5504 | (BYTE % 4) << 4);  // bytes: column, code, 0, 0
-  } else {
-    offset = (word >> kShift & ((1u << NBITS) - 1)) * kRowBytes | column;
-  }
-  return *reinterpret_cast<const uint4*>(books + offset + BOOK / 2 * kTableBytes + BOOK % 2 * kHalfBytes);
-}
-
-// The eight weights (before the scale) of the lane's group STEP. The packed adds write straight into the fragments'
-// registers, which one multiply per codebook could not do without a move per register.
-template <int STEP, int BOOK = NUM_BOOKS - 1>
-__device__ __forceinline__ uint4 decode(const u8* books, const u32 (&words)[kWords], u32 column) {
-  uint4 entry = look_up<STEP * NUM_BOOKS + BOOK, BOOK>(books, words, column);
-  if constexpr (BOOK == 0) {
-    return entry;
-  } else {
-    return add_entries(decode<STEP, BOOK - 1>(books, words, column), entry);
-  }
 }
 
 // The 16 bytes of x that lane (token, quad) feeds to step STEP of a token tile. Beyond the last token they are whatever
@@ -255,57 +222,6 @@ __device__ __forceinline__ void prefetch_scales(const LinearParams& p, int tile0
   if (p.bias) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.bias + o));
 }
 
-// The power of two by which entries are divided so that no sum of one entry per codebook leaves the range of float16;
-// 1 unless a codebook holds entries near the end of that range, and always in bfloat16. `largest` is scratch.
-__device__ __forceinline__ float headroom(const uint4* entries, u32* largest) {
-#if DTYPE_BF16 || NUM_BOOKS == 1
-  return 1.0f;
-#else
-  if (threadIdx.x == 0) *largest = 0;
-  __syncthreads();
-  u32 most = 0;  // finite magnitudes compare like their bits
-  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += WARPS * 32) {
-    const uint4 entry = entries[i];
-    const u32 words[4] = {entry.x, entry.y, entry.z, entry.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const u32 low = words[w] & 0x7fff, high = words[w] >> 16 & 0x7fff;
-      if (low < 0x7c00) most = max(most, low);
-      if (high < 0x7c00) most = max(most, high);
-    }
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
-  if (threadIdx.x % 32 == 0) atomicMax(largest, most);
-  __syncthreads();
-  return to_float(static_cast<u16>(*largest)) * NUM_BOOKS > 65504.0f ? NUM_BOOKS : 1.0f;
-#endif
-}
-
-__device__ __forceinline__ u32 divide_pair(u32 pair, float divisor) {
-  return pack(to_float(static_cast<u16>(pair)) / divisor, to_float(static_cast<u16>(pair >> 16)) / divisor);
-}
-
-// Each entry once per copy; lanes start at different columns so that the stores are free of bank conflicts too. Returns
-// what the products must be multiplied by.
-__device__ __forceinline__ float fill_books(const LinearParams& p, u8* books, u32* scratch) {
-  const uint4* from = reinterpret_cast<const uint4*>(p.books) + (static_cast<long long>(blockIdx.z) * NUM_BOOKS << NBITS);
-  const float divisor = headroom(from, scratch);
-#pragma unroll 2
-  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += WARPS * 32) {
-    int book = i >> NBITS, entry = i & ((1 << NBITS) - 1);
-    uint4 value = from[i];
-    if (divisor != 1.0f) {
-      value = make_uint4(divide_pair(value.x, divisor), divide_pair(value.y, divisor), divide_pair(value.z, divisor),
-                         divide_pair(value.w, divisor));
-    }
-    u8* to = books + book / 2 * kTableBytes + entry * kRowBytes + book % 2 * kHalfBytes;
-#pragma unroll
-    for (int c = 0; c < COPIES; ++c) *reinterpret_cast<uint4*>(to + (c + threadIdx.x) % COPIES * 16) = value;
-  }
-  return divisor;
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const __grid_constant__ LinearParams p) {
   extern __shared__ __align__(1024) u8 shared[];
   u8* books = shared;
@@ -321,6 +237,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
   const int first_block = by * p.blocks_each + min(by, p.blocks_over) + at.k_warp;
   const int last_block = first_block - at.k_warp + p.blocks_each + (by < p.blocks_over);
   const int blocks = first_block < last_block ? (last_block - first_block + kKWarps - 1) / kKWarps : 0;
+  // Every k warp goes this often through the loop, so that all meet their barriers equally often; the last may find no work.
+  const int rounds = (p.blocks_each + (by < p.blocks_over) + kKWarps - 1) / kKWarps;
   const bool resident = blocks <= p.slots;  // x of all this warp's superblocks stays staged
 
   const u8* codes = p.codes + blockIdx.z * p.code_stride * p.rows;
@@ -356,7 +274,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
     stage_x(p, slots, first_block, group_thread);
     fetch(first_tile, first_block);
   }
-  const float unit = fill_books(p, books, reinterpret_cast<u32*>(sums));
+  const float unit = fill_books<WARPS * 32>(
+      reinterpret_cast<const uint4*>(p.books) + (static_cast<long long>(blockIdx.z) * NUM_BOOKS << NBITS), books,
+      reinterpret_cast<u32*>(sums));
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
 #endif
@@ -368,19 +288,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
     const int mine = (tiles - at.row_warp + ROW_WARPS - 1) / ROW_WARPS;
     prefetch_scales(p, tile0);
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
-    for (int b = 0; b < blocks; ++b) {
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) now[r][half][w] = next[r][half][w];
+    for (int b = 0; b < rounds; ++b) {
       copy_async_wait();
       if constexpr (ROW_WARPS == 1) {
         __syncwarp();
       } else {
         group_barrier<ROW_WARPS * 32, kKWarps>(at.k_warp);
       }
+      if (b >= blocks) continue;
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) now[r][half][w] = next[r][half][w];
       const u8* staged = slots + slot * kSlotBytes;
       const bool wraps = b + 1 == blocks;
       const int next_tile0 = wraps ? tile0 + kBatch : tile0;

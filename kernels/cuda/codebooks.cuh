@@ -1,0 +1,107 @@
+// Codebooks in shared memory and the lookup of 16-byte entries, for kernels that decode weights into tensor-core fragments.
+//
+// Compile-time constants: NUM_BOOKS, NBITS, DTYPE_BF16, GROUPS_PER_LANE (groups of one row that a lane decodes from one
+// load of codes), COPIES (of each entry, in neighbouring 16-byte columns: with 8, no lookups collide in a bank).
+#pragma once
+#include "common.cuh"
+
+constexpr int kLaneBytes = GROUPS_PER_LANE * NUM_BOOKS;         // codes one lane reads at once from one row
+constexpr int kWords = (kLaneBytes + 3) / 4;
+// Two codebooks share a table row: entry e of book b stands at table b / 2, row e, half b % 2. With 8 copies a row has
+// 256 bytes, so that one byte permutation makes a code byte into an address.
+constexpr int kHalfBytes = 16 * COPIES;
+constexpr int kRowBytes = COPIES == 8 || NUM_BOOKS > 1 ? 2 * kHalfBytes : kHalfBytes;
+constexpr int kTableBytes = kRowBytes << NBITS;
+constexpr int kBooksBytes = (NUM_BOOKS + 1) / 2 * kTableBytes;
+
+// A barrier among the block's first THREADS threads.
+template <int THREADS>
+__device__ __forceinline__ void first_threads_barrier() {
+  asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Where in the codebooks the entry of book BOOK that byte BYTE of the lane's codes names stands, without the constant
+// kBookOffset<BOOK>. `column` is the lane's copy, in bytes.
+template <int BYTE>
+__device__ __forceinline__ u32 entry_offset(const u32 (&words)[kWords], u32 column) {
+  constexpr int kShift = 8 * (BYTE % 4);
+  const u32 word = words[BYTE / 4];
+  if constexpr (kRowBytes == 256 && NBITS == 8) {
+    return __byte_perm(word, column, 0x5504 | (BYTE % 4) << 4);  // bytes: column, code, 0, 0
+  } else {
+    return (word >> kShift & ((1u << NBITS) - 1)) * kRowBytes | column;
+  }
+}
+
+template <int BOOK>
+constexpr int kBookOffset = BOOK / 2 * kTableBytes + BOOK % 2 * kHalfBytes;
+
+template <int BYTE, int BOOK>
+__device__ __forceinline__ uint4 look_up(const u8* books, const u32 (&words)[kWords], u32 column) {
+  return *reinterpret_cast<const uint4*>(books + entry_offset<BYTE>(words, column) + kBookOffset<BOOK>);
+}
+
+// The eight weights (before the scale) of the lane's group STEP. The packed adds write straight into the fragments'
+// registers, which one multiply per codebook could not do without a move per register.
+template <int STEP, int BOOK = NUM_BOOKS - 1>
+__device__ __forceinline__ uint4 decode(const u8* books, const u32 (&words)[kWords], u32 column) {
+  uint4 entry = look_up<STEP * NUM_BOOKS + BOOK, BOOK>(books, words, column);
+  if constexpr (BOOK == 0) {
+    return entry;
+  } else {
+    return add_entries(decode<STEP, BOOK - 1>(books, words, column), entry);
+  }
+}
+
+// The power of two by which entries are divided so that no sum of one entry per codebook leaves the range of float16;
+// 1 unless a codebook holds entries near the end of that range, and always in bfloat16. `largest` is scratch.
+template <int THREADS>
+__device__ __forceinline__ float headroom(const uint4* entries, u32* largest) {
+#if DTYPE_BF16 || NUM_BOOKS == 1
+  return 1.0f;
+#else
+  if (threadIdx.x == 0) *largest = 0;
+  first_threads_barrier<THREADS>();
+  u32 most = 0;  // finite magnitudes compare like their bits
+  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += THREADS) {
+    const uint4 entry = entries[i];
+    const u32 words[4] = {entry.x, entry.y, entry.z, entry.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const u32 low = words[w] & 0x7fff, high = words[w] >> 16 & 0x7fff;
+      if (low < 0x7c00) most = max(most, low);
+      if (high < 0x7c00) most = max(most, high);
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
+  if (threadIdx.x % 32 == 0) atomicMax(largest, most);
+  first_threads_barrier<THREADS>();
+  return to_float(static_cast<u16>(*largest)) * NUM_BOOKS > 65504.0f ? NUM_BOOKS : 1.0f;
+#endif
+}
+
+__device__ __forceinline__ u32 divide_pair(u32 pair, float divisor) {
+  return pack(to_float(static_cast<u16>(pair)) / divisor, to_float(static_cast<u16>(pair >> 16)) / divisor);
+}
+
+// Copy the codebooks [NUM_BOOKS, 2^NBITS, 8] from global to shared memory by the block's first THREADS threads, each entry
+// once per copy; lanes start at different columns so that the stores are free of bank conflicts too. Returns what the
+// products must be multiplied by. The caller ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ float fill_books(const uint4* from, u8* books, u32* scratch) {
+  const float divisor = headroom<THREADS>(from, scratch);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += THREADS) {
+    int book = i >> NBITS, entry = i & ((1 << NBITS) - 1);
+    uint4 value = from[i];
+    if (divisor != 1.0f) {
+      value = make_uint4(divide_pair(value.x, divisor), divide_pair(value.y, divisor), divide_pair(value.z, divisor),
+                         divide_pair(value.w, divisor));
+    }
+    u8* to = books + book / 2 * kTableBytes + entry * kRowBytes + book % 2 * kHalfBytes;
+#pragma unroll
+    for (int c = 0; c < COPIES; ++c) *reinterpret_cast<uint4*>(to + (c + threadIdx.x) % COPIES * 16) = value;
+  }
+  return divisor;
+}
