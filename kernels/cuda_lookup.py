@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels import cuda_lookup_hopper, cuda_runtime
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
@@ -104,18 +104,11 @@ class Shape:
 
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot run a problem, or None if it can."""
-    scheme = problem.scheme
     if problem.op != "linear":
         return "computes linear only"
-    if scheme.in_group_size != 8 or scheme.out_group_size != 1:
-        return f"needs groups of 8 inputs and 1 output, not {scheme}"
-    if scheme.num_codebooks not in (1, 2, 4) or scheme.nbits_per_codebook > 8:
-        return f"needs 1, 2 or 4 codebooks of at most 8 bits, not {scheme}"
     if not 1 <= problem.rows <= MAX_TOKENS:
         return f"runs 1 to {MAX_TOKENS} rows of x, not {problem.rows}"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"computes in float16 or bfloat16, not {problem.dtype}"
-    return cuda_runtime.why_not_on(problem.device, problem.dtype)
+    return cuda_runtime.why_not_groups_of_8(problem, (1, 2, 4), (torch.float16, torch.bfloat16))
 
 
 def _cycles(shape: Shape, variant: Variant, splits: int, grid_x: int) -> float:
@@ -233,6 +226,9 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         processors, limit = cuda_runtime.device_limits(x.device.index)
         at_once = x.shape[0]
         shape = Shape(books, nbits, at_once, out_features // partitions, groups, partitions)
+        if cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
+            _run_hopper(shape, cuda_lookup_hopper.choose_plan(shape, processors), out, *operands)
+            return out
         while (plan := choose_plan(shape, processors, limit)) is None:
             assert at_once > 8, "8 tokens fit every supported device"
             at_once = max(8, at_once // 16 * 8)
@@ -245,6 +241,21 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
                 assert plan is not None, "fewer tokens need less shared memory"
             run_plan(shape, plan, out[rows], operands[0][rows], *operands[1:])
     return out
+
+
+def _run_hopper(
+    shape: Shape,
+    plan: cuda_lookup_hopper.Plan,
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> None:
+    partial = cuda_lookup_hopper.launch(shape, plan, out, x, codes, codebooks, scales, bias)
+    if partial is not None:
+        finish(partial, scales, bias, out)
 
 
 def run_plan(

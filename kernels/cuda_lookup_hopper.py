@@ -1,0 +1,177 @@
+"""The lookup kernel's form for Hopper GPUs: warpgroup products with the looked-up weights in registers.
+
+Faster than the portable form where reading x costs as much as the lookups, that is beyond some 16 tokens; the same
+lookups bound both below. `cuda/lookup_wgmma.cu` describes the kernel; its launch shape is chosen here, by arithmetic on
+the shape and the number of multiprocessors alone. Compute capability 9.0 only: later architectures dropped the
+instruction.
+"""
+
+import functools
+import math
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.kernels import cuda_runtime
+
+if TYPE_CHECKING:
+    from aqlm_tensor.kernels.cuda_lookup import Shape
+
+__all__ = ["Plan", "choose_plan", "launch", "plan_defines", "runs", "wins"]
+
+_SOURCE = "lookup_wgmma.cu"
+_PARAMS = struct.Struct("7Q2q7i4x")
+_CAPABILITY = (9, 0)
+_THREADS = 640
+_WARPS = 16  # that own row tiles
+_ROWS_PER_TILE = 16
+_LANE_BYTES = 16  # codes that a lane loads at once from one row
+_COPIES = 8
+# Measured on one H100: the share of shared memory's wavefronts that are used when all warps have rows, what a launch
+# and filling the codebooks takes, what the second launch of a split sum takes, and bytes per cycle of L2 per
+# multiprocessor.
+_UTILIZATION = 0.87
+_LAUNCH_CYCLES = 7000
+_SPLIT_CYCLES = 5000
+_L2_BYTES_PER_CYCLE = 20
+_ALIKE_TOKENS = 16
+_FEW_GROUPS = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch is shaped: tiles of 8 tokens, parts of the inputs in a block, grid, dynamic shared memory."""
+
+    token_tiles: int
+    k_groups: int
+    grid: tuple[int, int, int]
+    shared_bytes: int
+
+
+def runs(shape: "Shape", codes: Tensor) -> bool:
+    """Whether this form can run a shape with such codes: whole aligned vectors of them per lane, on Hopper."""
+    return (
+        torch.cuda.get_device_capability(codes.device) == _CAPABILITY
+        and shape.groups * shape.books % _LANE_BYTES == 0
+        and (codes.data_ptr() | codes.stride(0)) % _LANE_BYTES == 0
+    )
+
+
+def wins(shape: "Shape") -> bool:
+    """Whether this form is the faster one for a shape, as measured on one H100.
+
+    With 32 tokens of 2x8g8 it takes 68 us against 75 at 8192 x 28672 (in x out), with 64 tokens 90 against 107. Up to
+    16 tokens both are alike. For 64 tokens and 4096 inputs it is the slower one: 31 us against 30 at 4096 x 14336.
+    """
+    if shape.tokens <= _ALIKE_TOKENS:
+        return False
+    if shape.tokens <= 32:
+        return shape.books <= 2
+    return shape.books == 1 or shape.groups > _FEW_GROUPS
+
+
+def _shared_bytes(books: int, nbits: int, token_tiles: int) -> int:
+    """Dynamic shared memory: codebooks, ring of staged x with its barriers, scratch; as in ``lookup_wgmma.cu``."""
+    slots = 6 if token_tiles == 8 else 8
+    steps = 4 if token_tiles == 8 or books > 2 else 8
+    slot = steps * (512 * token_tiles + 16) + 16
+    return math.ceil(books / 2) * (32 * _COPIES << nbits) + slots * slot + 16
+
+
+def _cycles(shape: "Shape", token_tiles: int, k_groups: int, splits: int, grid_x: int) -> float:
+    """Estimated time of one block: its wavefronts of shared memory, or reading x if that takes longer."""
+    tiles = math.ceil(math.ceil(shape.rows / _ROWS_PER_TILE) / grid_x)
+    batches = math.ceil(tiles * k_groups / _WARPS)
+    steps = math.ceil(shape.groups / 4 / splits)
+    products = 16 * token_tiles // k_groups  # x, read by each warpgroup's instructions
+    staging = 10 * token_tiles
+    active = min(1.0, 0.4 + 0.6 * tiles * k_groups / _WARPS)
+    shared = steps * (tiles * (8 * shape.books + 2) + batches * (products + staging)) / (_UTILIZATION * active)
+    staged = batches * steps * 64 * shape.tokens / _L2_BYTES_PER_CYCLE
+    sums = _SPLIT_CYCLES + splits * shape.rows * shape.tokens / 300 if splits > 1 else 0
+    return max(shared, staged) + sums + _LAUNCH_CYCLES
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(shape: "Shape", processors: int) -> Plan:
+    """The launch shape with the least estimated time for a shape of up to 64 tokens."""
+    token_tiles = next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= shape.tokens)
+    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    superblocks = math.ceil(shape.groups * shape.books / (4 * _LANE_BYTES))
+    best: tuple[float, Plan] | None = None
+    for splits in (1, 2, 4, 8):
+        grid_x = min(tiles, max(1, processors // (splits * shape.partitions)))
+        for k_groups in (1, 2, 4) if token_tiles < 8 else (1,):
+            # Parts are added once, at the end, so they need all of a block's tiles at once.
+            fits = k_groups == 1 or math.ceil(tiles / grid_x) * k_groups <= _WARPS
+            if not fits or splits * k_groups > max(1, superblocks):
+                continue
+            cycles = _cycles(shape, token_tiles, k_groups, splits, grid_x)
+            if best is None or cycles < best[0]:
+                size = _shared_bytes(shape.books, shape.nbits, token_tiles)
+                best = cycles, Plan(token_tiles, k_groups, (grid_x, splits, shape.partitions), size)
+    assert best is not None, "one part of the inputs and no split fit every shape"
+    return best[1]
+
+
+def plan_defines(shape: "Shape", plan: Plan, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """The compile-time constants of the kernel for a plan."""
+    return (
+        ("NUM_BOOKS", shape.books),
+        ("NBITS", shape.nbits),
+        ("DTYPE_BF16", int(dtype == torch.bfloat16)),
+        ("TOKEN_TILES", plan.token_tiles),
+        ("K_GROUPS", plan.k_groups),
+        ("GROUPS_PER_LANE", _LANE_BYTES // shape.books),
+        ("COPIES", _COPIES),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(shape: "Shape", plan: Plan, dtype: torch.dtype, index: int) -> cuda_runtime.Kernel:
+    return cuda_runtime.load_kernel(_SOURCE, "lookup_wgmma", plan_defines(shape, plan, dtype), index, plan.shared_bytes)
+
+
+def launch(
+    shape: "Shape",
+    plan: Plan,
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """Write the product of prepared operands into `out` [tokens, out_features], on the current device.
+
+    Returns:
+        None, or the partial sums [splits, tokens, out_features] in float32 that `cuda_lookup.finish` must still add.
+    """
+    kernel = _kernel(shape, plan, x.dtype, x.device.index)
+    splits = plan.grid[1]
+    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else None
+    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    superblocks = math.ceil(shape.groups * shape.books / (4 * _LANE_BYTES))
+    values = (
+        x.data_ptr(),
+        codes.data_ptr(),
+        codebooks.data_ptr(),
+        scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        x.stride(0),
+        codes.stride(0),
+        shape.tokens,
+        shape.rows,
+        shape.groups,
+        tiles // plan.grid[0],
+        tiles % plan.grid[0],
+        superblocks // splits,
+        superblocks % splits,
+    )
+    kernel.launch(plan.grid, _THREADS, plan.shared_bytes, _PARAMS.pack(*values))
+    return partial
