@@ -41,7 +41,8 @@ _TABLE = 256  # bytes
 @functools.cache
 def can_permute() -> bool:
     """Whether this processor has the instructions and Numba compiles for it."""
-    if config.CPU_NAME or config.CPU_FEATURES:
+    settings: Any = config  # attributes that it sets from the environment
+    if settings.CPU_NAME or settings.CPU_FEATURES:
         return False
     features = binding.get_host_cpu_features()
     return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vbmi"))

@@ -11,7 +11,8 @@ The block is computed so only where that is at most a millionth of the sum over 
 (e runs over entries, i over inputs): a bound below on what any row's terms add up to in magnitude, which is what
 rounding errors of a float32 sum are measured by. Sums in fixed point have no errors of their own. Other blocks, whose
 tables are spread over more than ten binary orders, and those with infinities or NaN, go through scalar lookups. The
-choice is made for all rows at once and depends on x and the codebooks alone.
+choice is made for all rows at once and depends on x and the codebooks alone. A codebook with an entry of zeros adds
+nothing to the bound; if all codebooks have one, every lookup is scalar.
 
 The trade-off: tables cost twice as much as for scalar lookups, for each token anew, so this pays for few tokens.
 """
