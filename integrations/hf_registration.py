@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from aqlm_tensor.integrations import hf_moe
+from aqlm_tensor.integrations import hf_moe, torchao_serde
 from aqlm_tensor.integrations.hf_config import AqlmConfig
 from aqlm_tensor.integrations.hf_quantizer import AqlmQuantizer, attach, memory_footprint
 from aqlm_tensor.tensor import AQLMTensor
@@ -28,6 +28,7 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING["aqlm"] = AqlmQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING["aqlm"] = AqlmConfig
     hf_moe.register()
+    torchao_serde.register()
     for name in ("save_pretrained", "dequantize"):
         _wrap(PreTrainedModel, name, _attaching)
     _wrap(PreTrainedModel, "get_memory_footprint", _real_size)

@@ -166,9 +166,9 @@ class _DifferenceVariant(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG004
-        x = module.lora_dropout[active_adapter](x)
-        added = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
-        return result + added - module.aqlm_initial[active_adapter](x)
+        low_rank = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        added = module.lora_B[active_adapter](low_rank) * module.scaling[active_adapter]
+        return result + added - module.aqlm_initial[active_adapter](x)  # no dropout: it stands for part of the weight
 
 
 def _difference(module: Any, adapter: str) -> Tensor:
