@@ -54,6 +54,7 @@ def check_checkpoint(
             check_scheme(name.removesuffix(".weight"), info.scheme, config)
     homes = _homes(model, list(headers), transforms)
     state = model.state_dict()
+    _check_experts(state, homes)
     unexpected = {key: target for key, targets in homes.items() for target in targets if target not in state}
     filled = {target for targets in homes.values() for target in targets}
     _check_names(model, unexpected, set(state) - filled)
@@ -88,6 +89,21 @@ def _homes(model: Any, keys: list[str], transforms: list[WeightTransform]) -> di
         targets = [""] if pattern is None else by_pattern[pattern].target_patterns
         homes[key] = [renamed.replace(targets[0], target) if target else renamed for target in targets]
     return homes
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _check_experts(state: dict[str, Any], homes: dict[str, list[str]]) -> None:
+    """Raise unless a stack of experts gets a tensor of every kind from each expert."""
+    kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for key, targets in homes.items():
+        if _EXPERT.search(key) and targets[0] in state and not _EXPERT.search(targets[0]):
+            kinds[targets[0], _EXPERT.sub(".experts.*.", key)].add(key)
+    for (target, kind), found in kinds.items():
+        missing = {kind.replace("*", str(expert)) for expert in range(state[target].shape[0])} - found
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing)[:5])} for {target}")
 
 
 def _check_names(model: Any, unexpected: dict[str, str], missing: set[str]) -> None:

@@ -26,7 +26,15 @@ from transformers.core_model_loading import (
 from aqlm_tensor.checkpoint import PARTS
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["Problems", "checkpoint_weights", "is_ours", "linear_converter", "original_of", "with_parts"]
+__all__ = [
+    "Problems",
+    "checkpoint_names",
+    "checkpoint_weights",
+    "is_ours",
+    "linear_converter",
+    "original_of",
+    "with_parts",
+]
 
 
 class Problems:
@@ -135,7 +143,7 @@ def checkpoint_weights(model: Any, weights: dict[str, AQLMTensor]) -> dict[str, 
     Raises:
         ValueError: for a weight that the reversed conversion cannot handle as codes.
     """
-    transforms = [transform.reverse_transform() for transform in reversed(_transforms_to_save(model))]
+    transforms = _reversed_transforms(model)
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -154,11 +162,16 @@ def checkpoint_weights(model: Any, weights: dict[str, AQLMTensor]) -> dict[str, 
     return {name: (apply_renamings(name, renamings), piece) for name, piece in pieces.items()}
 
 
-def _transforms_to_save(model: Any) -> list[WeightTransform]:
-    """The conversions that `save_pretrained` will revert."""
+def checkpoint_names(model: Any, names: Iterable[str]) -> list[str]:
+    """What parameters that no converter touches are called in the checkpoint."""
+    renamings = [entry for entry in _reversed_transforms(model) if isinstance(entry, WeightRenaming)]
+    return [apply_renamings(name, renamings) for name in names]
+
+
+def _reversed_transforms(model: Any) -> list[WeightTransform]:
+    """The conversions that `save_pretrained` will apply."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:  # it was not loaded by from_pretrained
-        transforms = [
-            t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
-        ]
-    return transforms
+        loading = get_model_conversion_mapping(model, add_legacy=False)
+        transforms = [entry for entry in loading if not isinstance(entry, PrefixChange)]
+    return [entry.reverse_transform() for entry in reversed(transforms)]

@@ -20,6 +20,7 @@ from aqlm_tensor.integrations.hf_checkpoint import check_checkpoint
 from aqlm_tensor.integrations.hf_config import AqlmConfig
 from aqlm_tensor.integrations.hf_conversion import (
     Problems,
+    checkpoint_names,
     checkpoint_weights,
     is_ours,
     linear_converter,
@@ -225,11 +226,15 @@ def _alone(tensor: Tensor) -> Tensor:
 def _updated(config: AqlmConfig, model: Any, schemes: dict[str, AQLMScheme]) -> AqlmConfig:
     """A config that describes a model: the one it was loaded with as long as that is right."""
     parsed = config.parsed()
+    tied = getattr(model, "all_tied_weights_keys", {})  # not in the checkpoint
     dense = [
-        name
+        f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module.weight, AQLMTensor)
+        if isinstance(module, nn.Linear)
+        and not isinstance(module.weight, AQLMTensor)
+        and (f"{name}.weight" not in tied or model.get_parameter(tied[f"{name}.weight"]) is not module.weight)
     ]
+    dense = [name.removesuffix(".weight") for name in checkpoint_names(model, dense)]
     right = all(parsed.scheme_of(layer) == scheme for layer, scheme in schemes.items())
     if right and parsed.dense.isdisjoint(schemes) and parsed.dense.issuperset(dense):
         return config
