@@ -42,7 +42,7 @@ class DecodeGraph:
         _require_cuda(model.device)
         self.model = model
         self.max_length = max_length
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=max_length)
         other = {type(layer).__name__ for layer in self.cache.layers if type(layer) is not StaticLayer}
         if other:
             raise ValueError(f"DecodeGraph needs full attention with a static cache in every layer, not {other}")

@@ -129,6 +129,7 @@ class FusedGroup(nn.Module):
     codes: Tensor
     codebooks: Tensor
     scales: Tensor
+    layers: tuple[nn.Linear, ...]
 
     def __init__(self, names: Sequence[str], layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -178,12 +179,13 @@ class FusedGroup(nn.Module):
             layer.__class__ = nn.Linear
             del layer.__dict__["group"], layer.__dict__["place"]
             if isinstance(weight, AQLMTensor):
-                set_quantized([layer], AQLMTensor(*(part.clone() for part in weight.parts()), weight.orientation))
+                codes, codebooks, scales = (part.clone() for part in weight.parts())
+                set_quantized([layer], AQLMTensor(codes, codebooks, scales, weight.orientation))
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of one sibling for x [..., I], from the product of all if that can be."""
         layer = self.layers[place]
-        if not self.tied or forward_ad.unpack_dual(x).tangent is not None:
+        if not self.tied or forward_ad.unpack_dual(x)[1] is not None:
             return F.linear(x, layer.weight, layer.bias)
         pending = self.pending
         out = pending.outputs.pop(place, None) if pending is not None and pending.belongs_to(x) else None
@@ -319,7 +321,7 @@ def _why_not(layer: nn.Module | None) -> str | None:
     return None if weight.numel() else "is empty"
 
 
-def _fusable(layers: dict[str, nn.Module]) -> tuple[list[list[str]], str]:
+def _fusable(layers: dict[str, Any]) -> tuple[list[list[str]], str]:
     """Which of some siblings to fuse with each other, and why some stay apart."""
     reasons = {name: reason for name, layer in layers.items() if (reason := _why_not(layer)) is not None}
     alike: dict[object, list[str]] = {}

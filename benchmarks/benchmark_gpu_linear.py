@@ -220,7 +220,8 @@ def main() -> None:
         task = progress.add_task("shapes", total=len(arguments.shapes) * len(arguments.schemes))
         for shape in arguments.shapes:
             for scheme in arguments.schemes:
-                case = Case(AQLMScheme.parse(scheme), *map(int, shape.split("x")), dtype)
+                inner, out = map(int, shape.split("x"))
+                case = Case(AQLMScheme.parse(scheme), inner, out, dtype)
                 results += measure(case, tuple(arguments.rows), limits, arguments.seconds)
                 torch.cuda.empty_cache()
                 progress.advance(task)

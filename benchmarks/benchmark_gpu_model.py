@@ -103,8 +103,8 @@ def time_steps(replay: Callable[[], Any], cache: Any) -> float:
     return statistics.median(times[1:])
 
 
-def decode_graph(model: Any, *, compile: bool) -> tuple[float, float]:  # noqa: A002 - torch's word
-    """Seconds of a captured step, and of NEW_TOKENS after a prompt by `generate` with it."""
+def decode_graph(model: Any, *, compile: bool) -> tuple[float, ...]:  # noqa: A002 - torch's word
+    """Tokens per second of a captured step, and of `generate` with it, prompt included."""
     torch.compiler.reset()
     decoder = DecodeGraph(model, max_length=PROMPT + NEW_TOKENS, compile=compile)
     prompt = prompt_of(PROMPT)
@@ -114,7 +114,7 @@ def decode_graph(model: Any, *, compile: bool) -> tuple[float, float]:  # noqa: 
 
     run()
     assert decoder.replay is not None
-    return time_steps(decoder.replay, decoder.cache), seconds_of(run, 3)
+    return 1 / time_steps(decoder.replay, decoder.cache), NEW_TOKENS / seconds_of(run, 3)
 
 
 def generate(model: Any) -> float:
@@ -141,10 +141,10 @@ def measure(model: Any, measures: list[str], console: Console) -> dict[str, Any]
             ("first_token_128_ms", "first_token_2048_ms"),
             lambda: (1e3 * first_token(model, PROMPT), 1e3 * first_token(model, LONG_PROMPT)),
         ),
-        "step": (("step_tokens_per_s",), lambda: (1 / decode_graph(model, compile=False)[0],)),
+        "step": (("step_tokens_per_s",), lambda: decode_graph(model, compile=False)[:1]),
         "decode graph": (
             ("compiled_step_tokens_per_s", "decode_graph_generate_tokens_per_s"),
-            lambda: (lambda step, run: (1 / step, NEW_TOKENS / run))(*decode_graph(model, compile=True)),
+            lambda: decode_graph(model, compile=True),
         ),
         "generate": (("generate_tokens_per_s",), lambda: (NEW_TOKENS / generate(model),)),
     }

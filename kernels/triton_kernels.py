@@ -31,13 +31,15 @@ def _decoded(
     SIZE: tl.constexpr,
     G: tl.constexpr,
     E: tl.constexpr,
+    BO: tl.constexpr,
+    BG: tl.constexpr,
     BE: tl.constexpr,
 ) -> tl.tensor:
     """Sums of entries [BO, BG, BE], zero outside; `row` [BO] is int64, `books` points to row h of the partition's."""
     within = in_rows[:, None] & in_groups[None, :]
     e = tl.arange(0, BE)[None, None, :]
     place = codes + row[:, None] * row_stride + groups[None, :] * K
-    total = tl.zeros([row.shape[0], groups.shape[0], BE], dtype=tl.float32)
+    total = tl.zeros([BO, BG, BE], dtype=tl.float32)
     for k in tl.static_range(K):
         index = tl.load(place + k, mask=within, other=0).to(tl.int32) & (SIZE - 1)
         entry = books + (index[:, :, None] + k * SIZE) * E + e
@@ -86,7 +88,7 @@ def decode_linear(
     products = tl.zeros([BO, BG, BE], dtype=tl.float32)
     for group in range(first, last, BG):
         groups = group + tl.arange(0, BG)
-        w = _decoded(codes, books, row, in_rows, groups, groups < last, row_stride, K, SIZE, G, H * G, BE)
+        w = _decoded(codes, books, row, in_rows, groups, groups < last, row_stride, K, SIZE, G, H * G, BO, BG, BE)
         place = x + token * x_stride + groups[:, None] * G + e
         inputs = tl.load(place, mask=(groups < last)[:, None] & (e < G), other=0.0)
         products += w * inputs.to(tl.float32)[None, :, :]
@@ -152,7 +154,7 @@ def decode(
     row = (partition * rows + r).to(tl.int64)
     groups = tl.program_id(1) * BG + tl.arange(0, BG)
     books += partition.to(tl.int64) * (K * SIZE * H * G) + h * G
-    w = _decoded(codes, books, row, in_rows, groups, groups < in_groups, row_stride, K, SIZE, G, H * G, BE)
+    w = _decoded(codes, books, row, in_rows, groups, groups < in_groups, row_stride, K, SIZE, G, H * G, BO, BG, BE)
     w *= tl.load(scales + row, mask=in_rows, other=0.0).to(tl.float32)[:, None, None]
     e = tl.arange(0, BE)[None, None, :]
     place = out + ((row * H + h) * in_groups)[:, None, None] * G + groups[None, :, None] * G + e
