@@ -111,11 +111,13 @@ def _restore(layer: Any) -> None:
     weight, bias = layer._unmerged
     if (weight.device, weight.dtype) != (base.weight.device, base.weight.dtype):
         weight = weight.to(base.weight.device, base.weight.dtype)
-    put_weight(base, weight.dequantize() if layer._merging else weight)
+    if layer._merging:
+        base.weight.data = weight.dequantize()  # into the same parameter, which DoRA goes on to use
+    else:
+        put_weight(base, weight)
+        layer._unmerged = None
     if bias is not None:
         base.bias.data.copy_(bias)
-    if not layer._merging:
-        layer._unmerged = None
 
 
 def adopt(layer: BaseTunerLayer) -> None:
