@@ -141,9 +141,10 @@ class AqlmQuantizer(HfQuantizer):
             self.quantization_config = _updated(self.quantization_config, model, schemes)
             model.config.quantization_config = self.quantization_config
         plain = {name: value for name, value in state.items() if not isinstance(value, AQLMTensor)}
+        written: set[int] = set()
         for name, (_, piece) in pieces.items():
             for part, tensor in zip(PARTS, piece.parts(), strict=True):
-                plain[f"{name.removesuffix('.weight')}.{part}"] = _alone(tensor)
+                plain[f"{name.removesuffix('.weight')}.{part}"] = _alone(tensor, written)
         return plain
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -217,10 +218,13 @@ def _quantized(model: Any, state: dict[str, Any]) -> dict[str, AQLMTensor]:
     return weights
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor contiguous and alone in its memory, as safetensors wants it."""
+def _alone(tensor: Tensor, written: set[int]) -> Tensor:
+    """The tensor contiguous and alone in its memory, as safetensors wants it; notes its address in `written`."""
     tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in written:
+        tensor = tensor.clone()
+    written.add(tensor.data_ptr())
+    return tensor
 
 
 def _updated(config: AqlmConfig, model: Any, schemes: dict[str, AQLMScheme]) -> AqlmConfig:
