@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aqlm_tensor.api import QuantizationReport, quantize_
+    from aqlm_tensor.calibration import CalibrationReport, calibrate
     from aqlm_tensor.checkpoint import load, save
     from aqlm_tensor.config import (
         AQLMWeightConfig,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         aqlm_8x8,
     )
     from aqlm_tensor.decode_graph import DecodeGraph
+    from aqlm_tensor.finetune import FinetuneConfig
     from aqlm_tensor.fusion import FusionReport, fuse_, unfuse_
     from aqlm_tensor.scheme import AQLMScheme
     from aqlm_tensor.tensor import AQLMTensor
@@ -32,7 +34,9 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
+    "CalibrationReport": "calibration",
     "DecodeGraph": "decode_graph",
+    "FinetuneConfig": "finetune",
     "FusionReport": "fusion",
     "QuantizationReport": "api",
     "SolverConfig": "config",
@@ -42,6 +46,7 @@ _HOMES = {
     "aqlm_2x8": "config",
     "aqlm_4x8": "config",
     "aqlm_8x8": "config",
+    "calibrate": "calibration",
     "fuse_": "fusion",
     "load": "checkpoint",
     "quantize_": "api",
@@ -54,7 +59,9 @@ __all__ = [
     "AQLMScheme",
     "AQLMTensor",
     "AQLMWeightConfig",
+    "CalibrationReport",
     "DecodeGraph",
+    "FinetuneConfig",
     "FusionReport",
     "QuantizationReport",
     "SolverConfig",
@@ -64,6 +71,7 @@ __all__ = [
     "aqlm_2x8",
     "aqlm_4x8",
     "aqlm_8x8",
+    "calibrate",
     "fuse_",
     "load",
     "quantize_",

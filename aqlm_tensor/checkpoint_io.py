@@ -22,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "TensorFiles", "check_replaceable", "new_folder", "parse_size", "read_json", "write_tensors"]
+__all__ = [
+    "CONFIG_NAME",
+    "TensorFiles",
+    "check_replaceable",
+    "flush",
+    "new_folder",
+    "parse_size",
+    "read_json",
+    "write_tensors",
+]
 
 CONFIG_NAME = "config.json"
 _STEMS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
@@ -212,8 +221,8 @@ def new_folder(folder: Path, *, force: bool, needed_bytes: int) -> Iterator[Path
         yield temporary
         for path in temporary.iterdir():
             path.chmod(temporary.stat().st_mode & 0o666)  # safetensors would leave its files to the owner alone
-            _flush(path)
-        _flush(temporary)
+            flush(path)
+        flush(temporary)
         _move_into_place(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -241,7 +250,7 @@ def _sibling(folder: Path) -> Path:
     return sibling
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the disk hold a file's content, or a folder's entries, before anything depends on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -264,4 +273,4 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     finally:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-    _flush(folder.parent)
+    flush(folder.parent)

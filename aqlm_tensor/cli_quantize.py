@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from aqlm_tensor import AQLMWeightConfig, QuantizationReport, quantize_
+from aqlm_tensor.calibration import Progress, calibrate
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli_arguments import open_model, read_text, text_tokens
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, usage
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
 from aqlm_tensor.scheme import AQLMScheme
-from aqlm_tensor.sequential import Progress, in_blocks, quantize_sequentially, sample_windows
+from aqlm_tensor.sequential import find_blocks, in_blocks, sample_windows
 from aqlm_tensor.targets import find_targets
 
 __all__ = ["batched", "quantize_with_bar", "run"]
@@ -86,16 +87,15 @@ def quantize_with_bar(
     max_blocks: int | None = None,
     after_block: Callable[[int], None] | None = None,
 ) -> QuantizationReport:
-    """`quantize_sequentially` with a progress bar."""
+    """`calibrate` with a progress bar, the first `max_blocks` blocks (default: all)."""
     layers = len(find_targets(model, config, in_blocks(model, max_blocks))[0])
     with bar("quantizing", layers, "layers") as shown:
 
         def show(progress: Progress) -> None:
             shown.update(progress.done, f"block {progress.block + 1}/{progress.blocks}: {progress.phase}")
 
-        return quantize_sequentially(
-            model, config, batches, max_blocks=max_blocks, on_progress=show, after_block=after_block
-        )
+        blocks = find_blocks(model)[:max_blocks]
+        return calibrate(model, config, batches, blocks=blocks, on_progress=show, after_block=after_block)
 
 
 def _data_free(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:

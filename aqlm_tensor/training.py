@@ -99,6 +99,8 @@ def _gather(layers: list[nn.Linear], weight: AQLMTensor) -> None:
         codes, codebooks, scales = layer.codes, layer.codebooks.detach(), layer.scales.detach()
         del layer.codes, layer.codebooks, layer.scales
         layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue] - what it was before
+        layer.register_parameter("weight", None)
+        layer.register_parameter("bias", layer._parameters.pop("bias"))  # behind the weight again, as it was
         if (codebooks.dtype, codes.device) == (weight.dtype, weight.device):
             weight.codes, weight.codebooks, weight.scales = codes, codebooks, scales
         else:  # cast or moved inside the block: a tensor cannot change its own dtype or device

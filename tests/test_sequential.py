@@ -1,4 +1,4 @@
-"""quantize_sequentially: blocks in order, calibrated on what the quantized blocks before them put out."""
+"""calibrate without fine-tuning: blocks in order, calibrated on what the quantized blocks before them put out."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor import AQLMTensor, quantize_
+from aqlm_tensor import AQLMTensor, calibrate, quantize_
+from aqlm_tensor.calibration import Progress
 from aqlm_tensor.quantizer.observers import observer_of
-from aqlm_tensor.sequential import Progress, find_blocks, in_blocks, quantize_sequentially, sample_windows
+from aqlm_tensor.sequential import find_blocks, in_blocks, sample_windows
 
 from .models import config
 
@@ -20,7 +21,7 @@ class Block(nn.Module):
         self.down = nn.Linear(64, 32)
 
     def forward(self, x: Tensor, shift: Tensor, *, scale: float = 1.0) -> tuple[Tensor]:
-        return (x + scale * self.down(torch.tanh(self.up(x + shift))),)
+        return (x + scale * self.down(torch.tanh(self.up(x + shift.to(x.dtype)))),)
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,7 @@ def test_equals_prepare_and_convert_block_by_block() -> None:
     one, other = Decoder(), Decoder()
     other.load_state_dict(one.state_dict())
     data = batches()
-    report = quantize_sequentially(one, config("2x3g8"), data)
+    report = calibrate(one, config("2x3g8"), data)
     with torch.no_grad():
         by_hand(other, data, "2x3g8")
     ours, theirs = weights(one), weights(other)
@@ -78,7 +79,7 @@ def test_equals_prepare_and_convert_block_by_block() -> None:
 
 def test_the_first_blocks_only_and_the_mode_is_kept() -> None:
     model = Decoder().train()
-    report = quantize_sequentially(model, config(), batches(), max_blocks=2)
+    report = calibrate(model, config(), batches(), blocks=model.blocks[:2])
     assert len(report.layers) == 4
     assert not any(name.startswith("blocks.2") for name in weights(model))
     assert model.training
@@ -96,7 +97,7 @@ def test_progress_and_after_block_see_a_model_that_runs() -> None:
         quantized.append(len(weights(model)))
         assert done == len(quantized)
 
-    quantize_sequentially(model, config(), data, on_progress=seen.append, after_block=after)
+    calibrate(model, config(), data, on_progress=seen.append, after_block=after)
     assert quantized == [2, 4, 6]
     assert [(p.phase, p.block, p.done) for p in seen if p.layer is None] == [
         ("calibrate", 0, 0),
@@ -119,7 +120,7 @@ def test_an_exception_leaves_layers_whole_and_no_observer() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_sequentially(model, config(), batches(), on_progress=stop)
+        calibrate(model, config(), batches(), on_progress=stop)
     assert len(weights(model)) == 3
     assert all(observer_of(module) is None for module in model.modules())
     model(batches()[0])
@@ -157,7 +158,7 @@ class Peeking(Decoder):
 )
 def test_what_cannot_be_done_is_an_error_before_any_change(model: nn.Module, data: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        quantize_sequentially(model, config(), data)
+        calibrate(model, config(), data)
     assert not weights(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_done_is_an_error_before_any_change(model: nn.Module, dat
 def test_a_scheme_that_does_not_fit_is_an_error_before_any_change() -> None:
     model = Decoder()
     with pytest.raises(ValueError, match="not a multiple"):
-        quantize_sequentially(model, config("2x4g24"), batches())
+        calibrate(model, config("2x4g24"), batches())
     assert not weights(model)
 
 
@@ -175,7 +176,7 @@ def test_incompatible_layers_can_be_skipped() -> None:
         block.up = nn.Linear(32, 60)
         block.down = nn.Linear(60, 32)
     options: dict[str, Any] = {"on_incompatible": "skip"}
-    report = quantize_sequentially(model, config("2x4g8", **options), batches())
+    report = calibrate(model, config("2x4g8", **options), batches())
     assert [layer.fqn for layer in report.layers] == ["blocks.0.up", "blocks.1.up", "blocks.2.up"]
     assert set(report.skipped) == {"blocks.0.down", "blocks.1.down", "blocks.2.down"}
 

@@ -1,0 +1,168 @@
+"""What `calibrate` keeps on disk so that a run that was killed can go on: a file per finished layer and block.
+
+    state.json                   what the run is: settings, and fingerprints of the model and the data
+    layer.<fqn>.safetensors      codes, codebooks and scales as the solver left them, and the layer's report
+    block.<index>.safetensors    what fine-tuning changed: codebooks, scales, norms and biases; the block's report
+
+Each file appears complete or not at all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig, config_to_dict
+
+from aqlm_tensor.checkpoint_io import flush, read_json
+from aqlm_tensor.handler import LayerReport
+from aqlm_tensor.tensor import AQLMTensor
+
+__all__ = ["WorkFolder"]
+
+_FORMAT = 1
+_STATE = "state.json"
+_PARTS = ("codes", "codebooks", "scales")
+
+
+class WorkFolder:
+    """A folder of finished layers and blocks.
+
+    Args:
+        path: created if it does not exist.
+        resume: whether it may hold something already.
+
+    Raises:
+        FileExistsError: if it holds something and `resume` is False.
+        ValueError: if it holds something that is no work folder.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        if path.exists() and any(path.iterdir()):
+            if not resume:
+                raise FileExistsError(f"{path} holds an earlier run: pass resume=True to go on with it, or delete it")
+            if not (path / _STATE).is_file():
+                raise ValueError(f"{path} is no work folder (it has no {_STATE}): choose another one")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def check_same(self, settings: dict[str, Any], blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+        """Note what this run is, or check that it is the one that the folder was begun with.
+
+        Args:
+            settings: dataclasses by name.
+            blocks: the dense blocks.
+            batches: the calibration data.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        state = {
+            "format": _FORMAT,
+            "settings": {name: _as_json(value) for name, value in settings.items()},
+            "model": _fingerprint([parameter for block in blocks for parameter in block.parameters()]),
+            "data": _fingerprint(batches),
+        }
+        file = self.path / _STATE
+        if not file.is_file():
+            self._write(file, json.dumps(state, indent=2).encode())
+            return
+        before = read_json(file)
+        state = json.loads(json.dumps(state))
+        different = [name for name in state if before.get(name) != state[name]]
+        if different:
+            raise ValueError(
+                f"{self.path} was begun with another {' and '.join(different)}: resume with the same dense model, "
+                "config and batches, or choose another work_dir"
+            )
+
+    def has_layer(self, fqn: str) -> bool:
+        """Whether a layer is finished."""
+        return self._layer(fqn).is_file()
+
+    def save_layer(self, report: LayerReport, weight: AQLMTensor) -> None:
+        """Keep a finished layer."""
+        self._save(self._layer(report.fqn), dict(zip(_PARTS, weight.parts(), strict=True)), asdict(report))
+
+    def load_layer(self, fqn: str, device: torch.device) -> tuple[LayerReport, AQLMTensor]:
+        """A finished layer."""
+        tensors, report = self._load(self._layer(fqn), device)
+        report["shape"] = tuple(report["shape"])
+        return LayerReport(**report), AQLMTensor(*(tensors[name] for name in _PARTS))
+
+    def has_block(self, index: int) -> bool:
+        """Whether a block is finished."""
+        return self._block(index).is_file()
+
+    def save_block(self, index: int, block: nn.Module, report: Any | None) -> None:
+        """Keep what fine-tuning changed in a block, with its report (a dataclass)."""
+        self._save(self._block(index), _continuous(block), None if report is None else asdict(report))
+
+    @torch.no_grad()
+    def load_block(self, index: int, block: nn.Module) -> dict[str, Any] | None:
+        """Put into a block, whose layers are quantized, what fine-tuning changed; its report's fields."""
+        targets = _continuous(block)
+        tensors, report = self._load(self._block(index), next(block.parameters()).device)
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+        return report
+
+    def _layer(self, fqn: str) -> Path:
+        return self.path / f"layer.{fqn}.safetensors"
+
+    def _block(self, index: int) -> Path:
+        return self.path / f"block.{index:05d}.safetensors"
+
+    def _save(self, file: Path, tensors: dict[str, Tensor], report: dict[str, Any] | None) -> None:
+        temporary = file.with_suffix(".partial")
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(own, temporary, metadata={"report": json.dumps(report)})
+        self._into_place(temporary, file)
+
+    def _load(self, file: Path, device: torch.device) -> tuple[dict[str, Tensor], Any]:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            return tensors, json.loads(opened.metadata()["report"])
+
+    def _write(self, file: Path, content: bytes) -> None:
+        temporary = file.with_suffix(".partial")
+        temporary.write_bytes(content)
+        self._into_place(temporary, file)
+
+    def _into_place(self, temporary: Path, file: Path) -> None:
+        flush(temporary)
+        os.replace(temporary, file)
+        flush(self.path)
+
+
+def _continuous(block: nn.Module) -> dict[str, Tensor]:
+    """What fine-tuning may change in a block, by name."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in block.named_parameters():
+        if isinstance(parameter, AQLMTensor):
+            found |= {f"{name}.codebooks": parameter.codebooks, f"{name}.scales": parameter.scales}
+        elif parameter.dim() == 1:
+            found[name] = parameter
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, AOBaseConfig):
+        return config_to_dict(value)
+    return None if value is None else asdict(value)
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> str:
+    """A hash of shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
