@@ -52,7 +52,7 @@ def _runs(parts: tuple[Tensor, Tensor, Tensor], offsets: Tensor) -> Iterator[tup
             start = stop
 
 
-@torch.library.custom_op("aqlm_tensor::experts_linear", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("aqlm_tensor::experts_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op_forward(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     y = x.new_zeros(x.shape[0], ops.weight_shape(codes, codebooks)[0])
     for rows, parts in _runs((codes, codebooks, scales), offsets):
@@ -60,7 +60,7 @@ def _op_forward(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, off
     return y
 
 
-@torch.library.custom_op("aqlm_tensor::experts_linear_input_grad", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("aqlm_tensor::experts_linear_input_grad", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op_backward(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     x = grad.new_zeros(grad.shape[0], ops.weight_shape(codes, codebooks)[1])
     for rows, parts in _runs((codes, codebooks, scales), offsets):
