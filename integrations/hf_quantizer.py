@@ -27,7 +27,7 @@ from aqlm_tensor.integrations.hf_conversion import (
     original_of,
     with_parts,
 )
-from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight, targets_of
+from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight, WeightTarget, targets_of
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
@@ -51,9 +51,10 @@ class AqlmQuantizer(HfQuantizer):
         super().__init__(AqlmConfig.of(quantization_config), **kwargs)
         self._problems = Problems()
         self._files: Sequence[str] | None = None
+        self._loading = True  # until the conversions are known: PEFT asks for them again later
         self._sizes: dict[str, int] = {}
         self._model_transforms: list[WeightTransform] = []
-        self._targets: dict[str, Any] = {}
+        self._targets: dict[str, WeightTarget] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to offload to disk, which would write tensors one by one as plain arrays.
@@ -68,31 +69,36 @@ class AqlmQuantizer(HfQuantizer):
                 'offload to "cpu", or pass max_memory with more room'
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Only the first look at the model's config, which must not hold another kind of quantization config."""
+        config.quantization_config = self.quantization_config
+        return config
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         self._files = checkpoint_files
-        if not self.pre_quantized:
-            self._targets = targets_of(model, self.quantization_config)
-        elif checkpoint_files is None:
+        if self.pre_quantized and checkpoint_files is None:
             raise ValueError("an AQLM model is loaded from its files: pass a folder and no state_dict")
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], model: Any) -> list[WeightTransform]:
-        """Add converters for quantized weights, and check the checkpoint against the model.
+        """Add converters for quantized weights, and check the checkpoint against the model; or choose what to quantize.
 
         Raises:
-            ValueError: if they do not fit (see `check_checkpoint`).
+            ValueError: if they do not fit (see `check_checkpoint` and `targets_of`).
         """
+        first, self._loading = self._loading, False
+        if first:
+            self._model_transforms = weight_conversions
         if not self.pre_quantized:
+            if first:
+                self._targets = targets_of(model, self.quantization_config, weight_conversions)
             return weight_conversions
         parts = [with_parts(entry, self._problems) for entry in weight_conversions if hasattr(entry, "operations")]
         ours = [*(entry for entry in parts if entry is not None), linear_converter(self._problems)]
         transforms = [*weight_conversions, *ours]
-        if self._files is not None:  # None when PEFT asks for the conversions of a loaded model
-            self._model_transforms = weight_conversions
-            config = self.quantization_config.parsed()
-            self._sizes = check_checkpoint(model, self._files, transforms, config)
-            self._files = None
+        if first and self._files is not None:
+            self._sizes = check_checkpoint(model, self._files, transforms, self.quantization_config.parsed())
         return transforms
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -102,10 +108,7 @@ class AqlmQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Stored bytes per weight, so that device maps are planned with the real size."""
         if param_name in self._targets:
-            config = self._targets[param_name]
-            scheme = AQLMScheme.parse(config.scheme)
-            bits = scheme.bits_per_weight(*param.shape[-2:], float_bits=8 * param.element_size())
-            return bits / 8
+            return self._targets[param_name].bytes_per_weight(param)
         if param_name in self._sizes and param.numel():
             return self._sizes[param_name] / param.numel()
         return param.element_size()
