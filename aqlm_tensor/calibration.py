@@ -84,6 +84,19 @@ class CalibrationReport(QuantizationReport):
 
     blocks: tuple[BlockReport, ...] = ()
 
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        if self.blocks:
+            before, after = (
+                sum(getattr(block, name) for block in self.blocks) for name in ("error_before", "error_after")
+            )
+            seconds = sum(block.seconds for block in self.blocks)
+            lines.append(
+                f"fine-tuned {len(self.blocks)} blocks, error of their outputs {before / len(self.blocks):.3g} -> "
+                f"{after / len(self.blocks):.3g} on average, in {seconds:.1f} s"
+            )
+        return "\n".join(lines)
+
 
 @torch.no_grad()
 def calibrate(

@@ -49,6 +49,13 @@ def quantize(
     nsamples: Annotated[int, typer.Option(min=1, help="Windows of the text to use, at most.")] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the random initialisation.")] = 0,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Tune each block's codebooks, scales and norms against the dense block.")
+    ] = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Keep finished layers here, so that a run that was killed can be resumed.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --work-dir holds.")] = False,
     dtype: Annotated[
         str, typer.Option(help="Of the model while it is quantized and of what is stored: auto, float32, ...")
     ] = "auto",
@@ -69,6 +76,9 @@ def quantize(
             nsamples=nsamples,
             seqlen=seqlen,
             seed=seed,
+            finetune=finetune,
+            work_dir=work_dir,
+            resume=resume,
             dtype=dtype,
             device=device,
             force=force,

@@ -3,15 +3,21 @@
 import errno
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aqlm_tensor import AQLMWeightConfig, QuantizationReport, quantize_
-from aqlm_tensor.calibration import Progress, calibrate
+from aqlm_tensor import (
+    AQLMWeightConfig,
+    CalibrationReport,
+    FinetuneConfig,
+    QuantizationReport,
+    calibrate,
+    quantize_,
+)
+from aqlm_tensor.calibration import Progress
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli_arguments import open_model, read_text, text_tokens
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, usage
@@ -36,6 +42,9 @@ def run(
     nsamples: int,
     seqlen: int,
     seed: int,
+    finetune: bool,
+    work_dir: Path | None,
+    resume: bool,
     dtype: str,
     device: str,
     force: bool,
@@ -43,6 +52,10 @@ def run(
 ) -> None:
     """Quantize a model on disk to a new folder; see `aqlm-tensor quantize --help`."""
     start = time.monotonic()
+    if data is None and (finetune or work_dir is not None or resume):
+        raise UsageError("--finetune, --work-dir and --resume need --data: without it there is nothing to calibrate on")
+    if resume and work_dir is None:
+        raise UsageError("--resume needs the --work-dir of the run to go on with")
     with usage():
         config = AQLMWeightConfig(scheme, seed=seed)
         source = find_model(model_path, gguf_file)
@@ -66,7 +79,9 @@ def run(
         batches = sample_windows(text_tokens(tokenizer, text, seqlen, f"one window of {seqlen}"), nsamples, seqlen)
         tokens = sum(batch.numel() for batch in batches)
         note(f"calibrating on {len(batches)} windows of {seqlen} tokens")
-        report = quantize_with_bar(model, config, batched(batches))
+        tuning = FinetuneConfig() if finetune else None
+        joined = batches if finetune else batched(batches)  # to tune, one step for each window
+        report = quantize_with_bar(model, config, joined, finetune=tuning, work_dir=work_dir, resume=resume)
     with phase(f"saving {out}"):
         save_model(model, tokenizer, out, force=force)
     _print(report, out, tokens, time.monotonic() - start, as_json)
@@ -85,9 +100,9 @@ def quantize_with_bar(
     batches: list[torch.Tensor],
     *,
     max_blocks: int | None = None,
-    after_block: Callable[[int], None] | None = None,
-) -> QuantizationReport:
-    """`calibrate` with a progress bar, the first `max_blocks` blocks (default: all)."""
+    **options: Any,
+) -> CalibrationReport:
+    """`calibrate` with a progress bar, the first `max_blocks` blocks (default: all), with more of its options."""
     layers = len(find_targets(model, config, in_blocks(model, max_blocks))[0])
     with bar("quantizing", layers, "layers") as shown:
 
@@ -95,7 +110,7 @@ def quantize_with_bar(
             shown.update(progress.done, f"block {progress.block + 1}/{progress.blocks}: {progress.phase}")
 
         blocks = find_blocks(model)[:max_blocks]
-        return calibrate(model, config, batches, blocks=blocks, on_progress=show, after_block=after_block)
+        return calibrate(model, config, batches, blocks=blocks, on_progress=show, **options)
 
 
 def _data_free(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:
@@ -141,6 +156,7 @@ def _print(report: QuantizationReport, out: Path, tokens: int, seconds: float, a
                 "calibration_tokens": tokens,
                 "seconds": seconds,
                 "layers": [asdict(layer) for layer in report.layers],
+                "blocks": [asdict(block) for block in report.blocks] if isinstance(report, CalibrationReport) else [],
                 "skipped": report.skipped,
             }
         )

@@ -91,6 +91,20 @@ def test_the_same_seed_gives_the_same_files(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "again" / name).read_bytes() == (folder / "quantized" / name).read_bytes()
 
 
+def test_fine_tuned_and_resumed_with_a_work_folder(folder: Path, tmp_path: Path) -> None:
+    options = (*QUICK, "--data", folder / "text.txt", "--finetune", "--work-dir", tmp_path / "work")
+    result = run("quantize", folder / "dense", tmp_path / "out", *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert all(block["error_after"] <= block["error_before"] for block in json.loads(result.stdout)["blocks"])
+    refused = run("quantize", folder / "dense", tmp_path / "again", *options)
+    assert refused.exit_code != 0
+    assert "resume" in refused.stderr
+    resumed = run("quantize", folder / "dense", tmp_path / "again", *options, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_without_data_it_says_so_and_works(folder: Path, tmp_path: Path) -> None:
     result = run("quantize", folder / "dense", tmp_path / "out", "--scheme", "2x4g8")
     assert result.exit_code == 0, result.output
@@ -166,6 +180,11 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "data too short": (
         lambda f: ["quantize", f / "dense", f / "new", *QUICK, "--data", f / "text.txt", "--seqlen", "5000"],
         "700 tokens, fewer than one window of 5000",
+    ),
+    "nothing to tune on": (lambda f: ["quantize", f / "dense", f / "new", "--finetune"], "need --data"),
+    "nothing to resume": (
+        lambda f: ["quantize", f / "dense", f / "new", "--data", f / "text.txt", "--resume"],
+        "needs the --work-dir",
     ),
     "unknown dtype": (lambda f: ["quantize", f / "dense", f / "new", "--dtype", "int8"], "'int8' is unknown"),
     "unknown device": (lambda f: ["quantize", f / "dense", f / "new", "--device", "abacus"], "'abacus' cannot be used"),
