@@ -24,10 +24,12 @@ class AQLMDoraLayer(DoraLinearLayer):
     """PEFT's magnitude vector, with the norms computed from codes.
 
     Attributes:
-        squared_norms: |w|^2 of each row of the weight, [O] float32, not saved.
+        weight: the magnitudes, [O].
+        squared_norms: |w|^2 of each row of the base layer's weight, [O] float32, not saved.
     """
 
     squared_norms: Tensor
+    weight: nn.Parameter
     _computed_for: tuple
 
     def prepare(self, weight: AQLMTensor) -> None:
@@ -66,10 +68,10 @@ class AQLMDoraLayer(DoraLinearLayer):
         norm = self._norm(weight, lora_A.weight.detach(), lora_B.weight.detach(), scaling)
         factor = (self.weight / norm.to(self.weight.dtype)).view(1, -1)
         if base_result is None:
-            base_result = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-        elif base_layer.bias is not None:
-            base_result = base_result - base_layer.bias
-        return (factor - 1) * base_result + factor * lora_B(lora_A(x)) * scaling
+            product = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        else:
+            product = base_result if base_layer.bias is None else base_result - base_layer.bias
+        return (factor - 1) * product + factor * lora_B(lora_A(x)) * scaling
 
     @torch.no_grad()
     def _norm(self, weight: AQLMTensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

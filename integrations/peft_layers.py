@@ -10,9 +10,8 @@ function and gradients, with the weight as it was.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
-from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -120,16 +119,17 @@ def _restore(layer: Any) -> None:
         base.bias.data.copy_(bias)
 
 
-def adopt(layer: BaseTunerLayer) -> None:
+def adopt(layer: Any) -> None:
     """Make a PEFT layer handle the AQLM weight of its base layer; again, after an adapter was added to it."""
     if not hasattr(layer, "_unmerged"):
         layer.__class__ = _adopted(type(layer))
         layer.quantization_backend = _AQLMBackend()
     weight = aqlm_weight(layer)
-    for norm in getattr(layer, "lora_magnitude_vector", {}).values():
+    norms: Any = getattr(layer, "lora_magnitude_vector", {})
+    for norm in norms.values():
         if weight is not None and type(norm) is DoraLinearLayer:
             norm.__class__ = AQLMDoraLayer
-            norm.prepare(weight)
+            cast("AQLMDoraLayer", norm).prepare(weight)
 
 
 class _InitialAdapter(nn.Module):
@@ -177,8 +177,8 @@ def _difference(module: Any, adapter: str) -> Tensor:
     return module.get_delta_weight(adapter).float() - module.aqlm_initial[adapter].delta()
 
 
-def keep_initial_adapter(layer: lora.Linear, adapter: str) -> None:
-    """Subtract the adapter as it is now from what it will add, instead of from the weight.
+def keep_initial_adapter(layer: Any, adapter: str) -> None:
+    """Subtract a LoRA layer's adapter as it is now from what it will add, instead of from the weight.
 
     Raises:
         ValueError: if the adapter is of a LoRA variant of its own (DoRA, for example).

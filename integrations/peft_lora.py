@@ -56,7 +56,7 @@ def register() -> None:
     BaseTuner.inject_adapter = _injecting(BaseTuner.inject_adapter)
     preparing = _preparing(peft.prepare_model_for_kbit_training)
     for module in (peft, peft.utils, peft.utils.other):
-        module.prepare_model_for_kbit_training = preparing
+        vars(module)["prepare_model_for_kbit_training"] = preparing
 
 
 def merge_and_requantize(
@@ -144,7 +144,7 @@ def _create(
     if weight is None:
         create(config, adapter, target, name, parent, *args, **kwargs)
         return
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     forget_initial_adapter(target, adapter)
     put_weight(base, weight.dequantize())
     try:

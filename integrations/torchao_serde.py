@@ -26,10 +26,13 @@ def register() -> None:
         TorchAoHfQuantizer.get_state_dict_and_metadata = _refusing(original)
 
 
-def as_aqlm(model: PreTrainedModel) -> PreTrainedModel:
+def as_aqlm(model: Any) -> Any:
     """Turn a model that `TorchAoConfig(AQLMWeightConfig(...))` quantized into one as from an AQLM checkpoint.
 
     From then on `save_pretrained` writes an AQLM checkpoint, and Trainer accepts the model for training adapters.
+
+    Args:
+        model: a PreTrainedModel.
 
     Returns:
         The same model.

@@ -1,6 +1,7 @@
 """LoRA on AQLM layers through a model's life: several adapters, merging, saving, precision, compilation, training."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,7 +51,7 @@ def _trained(seed: int = 3, dtype: torch.dtype = torch.float32, **options: Any) 
 
 
 def _q_proj(model: Any) -> Any:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.model.layers[0].self_attn.q_proj
 
 
@@ -130,7 +132,7 @@ def test_two_adapters_merge_as_into_a_dense_layer(kind: dict[str, Any]) -> None:
 def test_an_adapter_of_the_same_name_starts_afresh() -> None:
     model = aqlm_llama()
     before = logits(model)
-    first = peft.get_peft_model(model, _lora(**PISSA))
+    first: Any = peft.get_peft_model(model, _lora(**PISSA))
     perturb(first)
     first.base_model.inject_adapter(first.base_model.model, "default")  # PiSSA again
     torch.testing.assert_close(logits(first), before)
@@ -242,7 +244,7 @@ def test_prepared_for_training_as_quantized_even_without_a_quantizer() -> None:
 
 
 def test_peft_alone_prepares_by_upcasting_consistently() -> None:
-    prepare = peft.prepare_model_for_kbit_training.__wrapped__  # what was imported before the integration
+    prepare = inspect.unwrap(peft.prepare_model_for_kbit_training)  # what was imported before the integration
     model = prepare(aqlm_llama(torch.bfloat16))
     weight = _q_proj(model).weight
     assert weight.dtype == weight.codebooks.dtype == weight.scales.dtype == torch.float32
@@ -359,9 +361,9 @@ def test_adapters_of_transformers_itself() -> None:
 
 
 def test_registering_twice_changes_nothing() -> None:
-    inject = peft.tuners.tuners_utils.BaseTuner.inject_adapter
+    inject = BaseTuner.inject_adapter
     register()
-    assert peft.tuners.tuners_utils.BaseTuner.inject_adapter is inject
+    assert BaseTuner.inject_adapter is inject
 
 
 def test_dense_models_are_not_affected() -> None:

@@ -1,5 +1,6 @@
 """TorchAoConfig(AQLMWeightConfig()) quantizes on the fly; saving gives an AQLM checkpoint or an error, never noise."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_both_remedies_give_the_model_back(on_the_fly: Any, tmp_path: Path) -> N
 
 def test_a_scheme_per_layer_on_the_fly(tmp_path: Path) -> None:
     folder = write_dense(tmp_path / "dense")
-    by_name = FqnToConfig({r"re:.*q_proj": config("1x4g16"), r"re:.*mlp.*": config("2x4g8")})
+    by_name = FqnToConfig(OrderedDict({r"re:.*q_proj": config("1x4g16"), r"re:.*mlp.*": config("2x4g8")}))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(by_name)).eval()
     assert len(_aqlm_layers(model)) == 8
     assert str(model.model.layers[0].self_attn.q_proj.weight.scheme) == "1x4g16"
