@@ -138,7 +138,9 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     to_json = getattr(getattr(model, "config", None), "to_json_string", None)
     if not callable(to_json):
         return {}
-    return {**json.loads(str(to_json(use_diff=False))), "architectures": [type(model).__name__]}
+    config = {**json.loads(str(to_json(use_diff=False))), "architectures": [type(model).__name__]}
+    dtype = getattr(model, "dtype", None)  # the config's own is what the model had when it was loaded
+    return {**config, "dtype": str(dtype).removeprefix("torch.")} if isinstance(dtype, torch.dtype) else config
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, AQLMScheme]]:

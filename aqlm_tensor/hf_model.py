@@ -1,7 +1,6 @@
 """Transformers models on disk, for the command line: dense folders, GGUF files and AQLM folders, all offline.
 
-Transformers' own loader is used for dense weights; an AQLM folder is built without weights from its config and filled
-by `aqlm_tensor.load`. Code that a checkpoint brings along is never run.
+Transformers loads them, with `aqlm_tensor.integrations.hf` for AQLM. Code that a checkpoint brings along is never run.
 """
 
 import contextlib
@@ -110,63 +109,32 @@ def load_model(source: ModelSource, *, dtype: Any = "auto", device: str = "cpu")
 
     Args:
         source: from `find_model`.
-        dtype: a torch dtype, or "auto": as stored, and float32 for GGUF. Dense and GGUF models only: an AQLM model
-            keeps the dtypes it is stored in.
+        dtype: a torch dtype, or "auto": as stored, and float32 for GGUF.
         device: where to.
 
     Returns:
         (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: if files are missing or damaged, or a dtype is asked for that cannot be had.
+        ValueError: if files are missing or damaged, or do not fit the model.
         OSError: if a file cannot be read.
     """
     with quiet():
-        from transformers import AutoTokenizer
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import aqlm_tensor.integrations.hf  # noqa: F401 - registers
 
         options: dict[str, Any] = {"local_files_only": True}
         if source.gguf_file is not None:
             options["gguf_file"] = source.gguf_file
-        model = _load_aqlm(source.folder, dtype) if source.kind == "aqlm" else _load_dense(source, dtype, options)
+            dtype = torch.float32 if dtype == "auto" else dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
+        if source.kind == "gguf":  # it was dequantized: the model is dense from here on
+            del model.config.quantization_config
+            model.hf_quantizer = None
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
         return model.to(device).eval(), tokenizer
-
-
-def _load_dense(source: ModelSource, dtype: Any, options: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if dtype == "auto" and source.kind == "gguf":
-        dtype = torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
-    if source.kind == "gguf":  # it was dequantized: the model is dense from here on
-        _forget_quantization(model.config)
-        model.hf_quantizer = None
-    return model
-
-
-def _forget_quantization(config: Any) -> None:
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-
-
-def _load_aqlm(folder: Path, dtype: Any) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    from aqlm_tensor import load
-
-    if dtype != "auto":
-        raise ValueError(f"an AQLM model keeps its stored dtype, got dtype {dtype}: leave it out")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    _forget_quantization(config)
-    with init_empty_weights(include_buffers=False):  # buffers that no checkpoint holds (rotary angles) get computed
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()  # each assignment under init_empty_weights made a parameter of its own
-    load(model, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False) -> None:

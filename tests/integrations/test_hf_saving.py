@@ -69,16 +69,18 @@ def test_quantizing_more_after_loading_is_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "llava"])
-def test_both_writers_agree(name: str, tmp_path: Path) -> None:
+def test_both_writers_agree(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """`aqlm_tensor.save` writes what `save_pretrained` does, up to Transformers' renaming, and both are read back."""
-    model = fresh(name)
+    model = fresh(name).to(dtype)
     quantize_(model, config("2x4g8"))
     save(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     ours, theirs = (inspect(tmp_path / folder) for folder in ("ours", "theirs"))
     assert len(ours) == len(theirs)
     loaded = FAMILIES[name].auto.from_pretrained(tmp_path / "ours")
+    assert loaded.dtype == dtype
     assert torch.equal(logits_of(loaded), logits_of(model))
     if name == "llama":
         assert torch.equal(logits_of(load(fresh(), tmp_path / "theirs")), logits_of(model))
