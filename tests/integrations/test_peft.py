@@ -269,7 +269,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: dict[str, Any]) -
 
 
 @each_kind
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.full)])
 def test_bfloat16_is_as_close_to_float32_as_a_dense_layer_is(kind: dict[str, Any], dropout: float) -> None:
     half = _trained(dtype=torch.bfloat16, **kind, lora_dropout=dropout)
     dense = adapted(dense_twin(aqlm_llama(torch.bfloat16)), _lora(**kind, lora_dropout=dropout))
@@ -297,8 +297,13 @@ def test_autocast(kind: dict[str, Any]) -> None:
     assert difference < 0.05 * norm
 
 
-@each_kind
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        (PLAIN, "aot_eager"),
+        *(pytest.param(kind, "inductor", marks=pytest.mark.full) for kind in (PLAIN, DORA, PISSA)),
+    ],
+)
 def test_a_training_step_compiles_to_one_graph(
     kind: dict[str, Any], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
