@@ -9,6 +9,7 @@ Shapes: O out_features, I in_features, H out_group_size, G in_group_size, K code
 E experts.
 """
 
+import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOATS", "AQLMTensor"]
 
-Orientation = Literal["matrix", "transposed", "row"]
+Orientation = Literal["matrix", "transposed", "row", "flat"]
 
 
 class AQLMTensor(TorchAOBaseTensor):
@@ -40,7 +41,8 @@ class AQLMTensor(TorchAOBaseTensor):
         scales: [O/H, 1, 1, 1], in the codebooks' dtype.
 
     Non-tensor attributes:
-        orientation: "matrix" for [O, I], "transposed" for its transposed view [I, O], "row" for a single row [I].
+        orientation: "matrix" for [O, I], "transposed" for its transposed view [I, O], "row" for a single row [I],
+            "flat" for `view(-1)`, which only dequantizes and views back.
 
     With a leading dimension E on all three tensors it is a stack [E, O, I] of expert weights.
 
@@ -88,8 +90,10 @@ class AQLMTensor(TorchAOBaseTensor):
             if shape[:-1] != (1,):
                 raise ValueError(f"only a single row can have orientation 'row', got a weight of shape {shape}")
             shape, strides = shape[1:], strides[1:]
+        elif orientation == "flat":
+            shape, strides = (math.prod(shape),), (1,)
         elif orientation != "matrix":
-            raise ValueError(f"orientation must be 'matrix', 'transposed' or 'row', got {orientation!r}")
+            raise ValueError(f"orientation must be 'matrix', 'transposed', 'row' or 'flat', got {orientation!r}")
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=codebooks.dtype, device=codes.device, requires_grad=False
         )
@@ -183,6 +187,8 @@ class AQLMTensor(TorchAOBaseTensor):
             dense = torch.stack([ops.dequantize(*expert) for expert in self.experts()])
         if self.orientation == "transposed":
             return dense.mT
+        if self.orientation == "flat":
+            return dense.reshape(-1)
         return dense[0] if self.orientation == "row" else dense
 
     def experts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -320,6 +326,6 @@ def _check_shapes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
         raise ValueError(f"{codes.shape[-3]} output groups cannot be split into {partitions} equal partitions")
 
 
-from aqlm_tensor import tensor_experts, tensor_ops, tensor_views  # noqa: E402, F401 - they register handlers on the class above
+from aqlm_tensor import tensor_distributed, tensor_experts, tensor_ops, tensor_views  # noqa: E402, F401 - they register handlers on the class above
 
 torch.serialization.add_safe_globals([AQLMTensor])

@@ -34,7 +34,7 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] times w [O, I] transposed, plus bias [O]; the op checks that they fit."""
     # the parts and not w: on a subclass every attribute, such as a shape, is a trip through __torch_function__
     codes, codebooks, scales = w.codes, w.codebooks, w.scales
-    if codes.dim() != 3 or w.orientation == "row":
+    if codes.dim() != 3 or w.orientation in ("row", "flat"):
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
     if isinstance(x, AQLMTensor):
         raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from aqlm_tensor import tensor_distributed
+from aqlm_tensor.kernels.ops import weight_shape
 from aqlm_tensor.tensor import FLOATS, AQLMTensor
 from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
 
@@ -24,6 +26,8 @@ implements_torch_function = AQLMTensor.implements_torch_function
 
 def _axis(w: AQLMTensor, dim: int) -> str:
     """What a dimension of the tensor is: "expert", "out" or "in"."""
+    if w.orientation == "flat":
+        raise ValueError(f"a flat AQLMTensor has no rows or groups to take apart or join: view it back, or {REMEDY}")
     if not -w.dim() <= dim < w.dim():
         raise IndexError(f"dimension {dim} is out of range for an AQLMTensor of {w.dim()} dimensions")
     axes = {"matrix": ("expert", "out", "in"), "transposed": ("expert", "in", "out"), "row": ("in",)}[w.orientation]
@@ -45,6 +49,8 @@ def _slice(w: AQLMTensor, dim: int, start: int, stop: int, step: int = 1) -> AQL
     first, length = start // group, max(0, stop - start) // group
     if axis == "in":
         return AQLMTensor(w.codes.narrow(-2, first, length), w.codebooks, w.scales, w.orientation)
+    if length == w.codes.shape[-3]:
+        return w._apply_fn_to_data(lambda part: part)
     codes, scales = w.codes.narrow(-3, first, length), w.scales.narrow(-4, first, length)
     return AQLMTensor(codes, _join(_books(w, first, first + length), scheme_dim=w.codes.dim()), scales, w.orientation)
 
@@ -167,9 +173,12 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     if shape.count(-1) == 1:
         known = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = w.numel() // known if known else 0
+    whole = (*w.codes.shape[:-3], *weight_shape(w.codes, w.codebooks))
     if tuple(shape) == tuple(w.shape):
         out = w._apply_fn_to_data(lambda part: part)
-    elif w.orientation == "row" and shape == [1, *w.shape]:
+    elif w.orientation == "matrix" and shape == [w.numel()]:
+        out = AQLMTensor(*w.parts(), orientation="flat")
+    elif w.orientation in ("row", "flat") and tuple(shape) == whole:
         out = AQLMTensor(*w.parts())
     else:
         raise ValueError(f"cannot view an AQLMTensor of shape {tuple(w.shape)} as {tuple(args[1])}: {REMEDY}")
@@ -179,7 +188,7 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
 @implements(aten.unsqueeze.default)
 def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     w, dim = args
-    if dim not in (0, -w.dim() - 1) or w.dim() == 3:
+    if dim not in (0, -w.dim() - 1) or w.dim() == 3 or w.orientation == "flat":
         raise ValueError(f"cannot unsqueeze dimension {dim} of an AQLMTensor of shape {tuple(w.shape)}: {REMEDY}")
     out = AQLMTensor(*w.parts()) if w.orientation == "row" else w._apply_fn_to_data(lambda part: part.unsqueeze(0))
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -209,6 +218,8 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
 def _cat(tensors: Sequence[Tensor], dim: int) -> AQLMTensor:
     """Concatenate AQLMTensors of one scheme, dtype and orientation."""
     first = tensors[0]
+    if any(isinstance(w, AQLMTensor) and w.orientation == "flat" for w in tensors):
+        tensor_distributed.refuse_broadcast()
     if not all(isinstance(w, AQLMTensor) for w in tensors):
         raise TypeError(f"cannot concatenate AQLMTensors with dense tensors: {REMEDY}")
     weights: list[AQLMTensor] = list(tensors)  # pyright: ignore[reportAssignmentType] - checked above
@@ -289,14 +300,17 @@ def _new(w: AQLMTensor, shape: Sequence[int], kwargs: dict, make: Callable[..., 
     if w.orientation != "matrix" or len(shape) != w.dim() or scheme.why_not(*shape[-2:]) or dtype not in FLOATS:
         return make(w.scales, shape, dtype=dtype, **options)
     lead = tuple(shape[:-2])
+    own = w.codebooks.shape[len(lead) :] if tuple(shape[-2:]) == w.shape[-2:] else scheme.codebooks_shape
     codes = make(w.codes, (*lead, *scheme.codes_shape(*shape[-2:])), **options)
-    codebooks = make(w.codebooks, (*lead, *scheme.codebooks_shape), dtype=dtype, **options)
+    codebooks = make(w.codebooks, (*lead, *own), dtype=dtype, **options)
     return AQLMTensor(codes, codebooks, make(w.scales, (*codes.shape[:-2], 1, 1, 1), dtype=dtype, **options))
 
 
 @implements([aten.new_zeros.default, aten.zeros_like.default])
 def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Tensor:
-    return _new(args[0], args[1] if len(args) > 1 else args[0].shape, kwargs, Tensor.new_zeros)
+    shape = tuple(args[1] if len(args) > 1 else args[0].shape)
+    tensor_distributed.check_shard(args[0], shape)
+    return _new(args[0], shape, kwargs, Tensor.new_zeros)
 
 
 @implements([aten.new_empty.default, aten.empty_like.default])

@@ -107,7 +107,7 @@ def test_refuses(error: type[Exception], message: str, codes: Tensor, codebooks:
 
 
 def test_refuses_orientations() -> None:
-    with pytest.raises(ValueError, match="orientation must be 'matrix', 'transposed' or 'row', got 'diagonal'"):
+    with pytest.raises(ValueError, match="orientation must be 'matrix', 'transposed', 'row' or 'flat', got 'diagonal'"):
         AQLMTensor(CODES, CODEBOOKS, SCALES, "diagonal")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="only a single row"):
         AQLMTensor(CODES, CODEBOOKS, SCALES, "row")

@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "row of wide groups": (ValueError, "along out_features", lambda: random_weight("1x4g8o2")[0]),
     "row beyond": (IndexError, "index 32 is out of bounds for dimension 0 with size 32", lambda: W[32]),
     "dimension beyond": (IndexError, "out of range", lambda: W.narrow(2, 0, 1)),
-    "flatten": (ValueError, r"cannot view an AQLMTensor of shape \(32, 64\)", lambda: W.flatten()),
+    "flatten columns": (ValueError, r"cannot view an AQLMTensor of shape \(64, 32\)", lambda: W.t().view(-1)),
     "other view": (ValueError, "cannot view", lambda: W.view(64, 32)),
     "permuted experts": (ValueError, "only swap its last two", lambda: random_weight(experts=2).permute(1, 0, 2)),
     "unsqueeze": (ValueError, "cannot unsqueeze", lambda: W[:, :, None]),
