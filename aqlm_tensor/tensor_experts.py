@@ -94,7 +94,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _op_forward.register_autograd(cast("Any", _backward), setup_context=_save)
 
 
-@implements_torch_function(torch._grouped_mm)  # what F.grouped_mm calls
+@implements_torch_function(vars(torch)["_grouped_mm"])  # what F.grouped_mm calls
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, offsets, bias, out_dtype = bind(("self", "mat2", "offs", "bias", "out_dtype"), args, kwargs)
     if bias is not None or out_dtype is not None or offsets is None:

@@ -25,7 +25,7 @@ from aqlm_tensor.checkpoint import PARTS, check_scheme, stored_weights
 from aqlm_tensor.checkpoint_config import CheckpointConfig
 from aqlm_tensor.checkpoint_io import TensorFiles
 
-__all__ = ["check_checkpoint"]
+__all__ = ["check_checkpoint", "homes_of"]
 
 
 def check_checkpoint(
@@ -52,7 +52,7 @@ def check_checkpoint(
     for name, info in weights.items():
         if info.scheme is not None:
             check_scheme(name.removesuffix(".weight"), info.scheme, config)
-    homes = _homes(model, list(headers), transforms)
+    homes = homes_of(model, list(headers), transforms)
     state = model.state_dict()
     _check_experts(state, homes)
     unexpected = {key: target for key, targets in homes.items() for target in targets if target not in state}
@@ -74,7 +74,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _homes(model: Any, keys: list[str], transforms: list[WeightTransform]) -> dict[str, list[str]]:
+def homes_of(model: Any, keys: list[str], transforms: list[WeightTransform]) -> dict[str, list[str]]:
     """For each tensor of the checkpoint the parameters it goes to, found as Transformers will."""
     transforms = deepcopy(transforms)  # they note whether they were used
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]

@@ -98,10 +98,10 @@ class ToParameters(ConversionOps):
         return parameters
 
 
-def linear_converter(problems: Problems) -> WeightConverter:
-    """X.codes, X.codebooks, X.scales to X.weight, for whatever no other converter takes."""
+def linear_converter(problems: Problems, *then: ConversionOps) -> WeightConverter:
+    """X.codes, X.codebooks, X.scales to X.weight, for whatever no other converter takes, and further operations."""
     sources = [rf"^(.+)\.{part}$" for part in PARTS]
-    return WeightConverter(sources, r"\1.weight", [Deserialize(problems), ToParameters()])
+    return WeightConverter(sources, r"\1.weight", [Deserialize(problems), ToParameters(), *then])
 
 
 def with_parts(converter: WeightConverter, problems: Problems) -> WeightConverter | None:

@@ -6,11 +6,11 @@ type, and the checkpoint's tensors decide which.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
@@ -28,6 +28,7 @@ from aqlm_tensor.integrations.hf_conversion import (
     with_parts,
 )
 from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight, WeightTarget, targets_of
+from aqlm_tensor.integrations.hf_tensor_parallel import KeepPart, TensorParallel
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
@@ -44,17 +45,18 @@ class AqlmQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": list(PARTS)}
     quantization_config: AqlmConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AqlmConfig.of(quantization_config), **kwargs)
+        self.serialized_names = {"weight": list(PARTS)}
         self._problems = Problems()
         self._files: Sequence[str] | None = None
         self._loading = True  # until the conversions are known: PEFT asks for them again later
         self._sizes: dict[str, int] = {}
         self._model_transforms: list[WeightTransform] = []
         self._targets: dict[str, WeightTarget] = {}
+        self._parallel = TensorParallel()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to offload to disk, which would write tensors one by one as plain arrays.
@@ -94,11 +96,14 @@ class AqlmQuantizer(HfQuantizer):
             if first:
                 self._targets = targets_of(model, self.quantization_config, weight_conversions)
             return weight_conversions
-        parts = [with_parts(entry, self._problems) for entry in weight_conversions if hasattr(entry, "operations")]
-        ours = [*(entry for entry in parts if entry is not None), linear_converter(self._problems)]
+        parts = [
+            with_parts(entry, self._problems) for entry in weight_conversions if isinstance(entry, WeightConverter)
+        ]
+        ours = [*(entry for entry in parts if entry is not None), linear_converter(self._problems, KeepPart(self._parallel))]
         transforms = [*weight_conversions, *ours]
         if first and self._files is not None:
             self._sizes = check_checkpoint(model, self._files, transforms, self.quantization_config.parsed())
+            self._parallel.prepare(model, self._files, transforms)
         return transforms
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -117,8 +122,9 @@ class AqlmQuantizer(HfQuantizer):
         """The operation that quantizes one dense weight."""
         return QuantizeWeight(self._targets, self._problems)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._problems.raise_any()
+        self._parallel.finish(model)
         used = [entry for entry in model._weight_conversions if not is_ours(entry)]
         merged = [entry for entry in model._weight_conversions if is_ours(entry)]
         originals = [original_of(entry, self._model_transforms) for entry in merged]
@@ -130,15 +136,19 @@ class AqlmQuantizer(HfQuantizer):
                 set_quantized([module], module.weight)
         if not self.pre_quantized:
             self._describe(model)
+        return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride] - the base class has none
+        self, model: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save, with quantized weights taken apart; brings config.quantization_config up to date."""
         return self._describe(model), {}
 
     def _describe(self, model: Any) -> dict[str, Tensor]:
         """The state dict to save, after making the config say what it holds."""
         state = model.state_dict()
-        pieces = checkpoint_weights(model, _quantized(model, state))
+        weights = {name: self._parallel.whole(name, weight) for name, weight in _quantized(model, state).items()}
+        pieces = checkpoint_weights(model, weights)
         schemes = {stored.removesuffix(".weight"): piece.scheme for stored, piece in pieces.values()}
         if schemes:
             self.quantization_config = _updated(self.quantization_config, model, schemes)
@@ -161,7 +171,7 @@ class AqlmQuantizer(HfQuantizer):
         return model
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - an unannotated property
         """Trainer may train adapters on the model."""
         return True
 
@@ -170,7 +180,7 @@ class AqlmQuantizer(HfQuantizer):
         """`generate` may compile the model."""
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - abstract, unannotated
         """save_pretrained works."""
         return True
 

@@ -219,7 +219,7 @@ def test_failure_while_writing_leaves_the_old_folder_or_none(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = saved if force else tmp_path / "new"
-    monkeypatch.setattr(checkpoint_io, "_flush", full)
+    monkeypatch.setattr(checkpoint_io, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         save(model, target, force=force)
     monkeypatch.undo()

@@ -124,8 +124,9 @@ def write_pair(
     official = {name: tensor for name, tensor in tensors.items() if name not in quantized}
     for seed, name in enumerate(quantized):
         codes, codebooks, scales = random_parts(scheme, *tensors[name].shape, dtype=dtype, seed=seed)
-        parts = {"codes": codes, "codebooks": codebooks, "scales": scales * 0.05}
-        tensors[name] = AQLMTensor(**parts).dequantize()
+        scales = scales * 0.05
+        tensors[name] = AQLMTensor(codes, codebooks, scales).dequantize()
+        parts = {"codes": codes, "codebooks": codebooks, "scales": scales}
         official |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, pair_of[0] / "model.safetensors", metadata={"format": "pt"})
     pair_of[1].mkdir()

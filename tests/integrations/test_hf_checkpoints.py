@@ -272,6 +272,7 @@ except ImportError as error:
     assert "needs transformers >= 5.23, found 5.22.0" in done.stdout
 
 
+@pytest.mark.full
 def test_the_integration_can_be_imported_without_peft() -> None:
     program = "import sys; sys.modules['peft'] = None; import aqlm_tensor.integrations.hf"
     subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", program], check=True, timeout=300)

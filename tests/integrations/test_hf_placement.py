@@ -16,6 +16,8 @@ from tests.tensor.weights import random_weight
 
 from .official import FAMILIES, Pair, logits_of, write_pair
 
+MAIN: Any = "cpu"  # accelerate compares its main device with strings
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
@@ -75,7 +77,7 @@ def test_accelerate_does_not_confuse_tied_weights() -> None:
     model[1].weight = model[0].weight
     x = torch.randn(2, 64)
     expected = model(x)
-    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device=MAIN, force_hooks=True)
     torch.testing.assert_close(model(x), expected)
 
 
@@ -84,7 +86,7 @@ def test_accelerate_keeps_dense_ties(tmp_path: Path) -> None:
     model = FAMILIES["qwen2"].auto.from_pretrained(pair.aqlm)
     expected = logits_of(model)
     assert accelerate.big_modeling.find_tied_parameters(model) == [["lm_head.weight", "model.embed_tokens.weight"]]
-    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device=MAIN, force_hooks=True)
     assert torch.equal(logits_of(model), expected)
 
 

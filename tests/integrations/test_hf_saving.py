@@ -47,7 +47,7 @@ def test_a_model_quantized_in_place(name: str, tmp_path: Path) -> None:
 
 def test_torchao_and_several_schemes(tmp_path: Path) -> None:
     model = fresh()
-    table = OrderedDict({r"re:.*attn.*_proj": config("1x4g8"), r"re:.*mlp.*_proj": config("2x4g16")})
+    table: Any = OrderedDict({r"re:.*attn.*_proj": config("1x4g8"), r"re:.*mlp.*_proj": config("2x4g16")})
     torchao.quantization.quantize_(model, FqnToConfig(table), filter_fn=None)
     model.save_pretrained(tmp_path / "saved")
     section = section_of(tmp_path / "saved")
@@ -79,10 +79,12 @@ def test_both_writers_agree(name: str, dtype: torch.dtype, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "theirs")
     ours, theirs = (inspect(tmp_path / folder) for folder in ("ours", "theirs"))
     assert len(ours) == len(theirs)
-    loaded = FAMILIES[name].auto.from_pretrained(tmp_path / "ours")
-    assert loaded.dtype == dtype
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    if name == "llama":
+    one, other = (FAMILIES[name].auto.from_pretrained(tmp_path / folder) for folder in ("ours", "theirs"))
+    assert one.dtype == other.dtype == dtype
+    assert torch.equal(logits_of(one), logits_of(other))
+    if dtype == torch.float32:  # `.to` also casts the buffers of positions, which from_pretrained keeps in float32
+        assert torch.equal(logits_of(one), logits_of(model))
+    if name == "llama" and dtype == torch.float32:
         assert torch.equal(logits_of(load(fresh(), tmp_path / "theirs")), logits_of(model))
 
 
@@ -146,7 +148,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8"])
+@pytest.mark.parametrize("scheme", ["2x8g8", pytest.param("1x8g8", marks=pytest.mark.full)])
 def test_plain_transformers_with_the_official_package_reads_ours(scheme: str, tmp_path: Path) -> None:
     pytest.importorskip("aqlm", reason="the witness aqlm==1.1.7 is not installed")
     model = fresh()
@@ -165,6 +167,7 @@ def test_plain_transformers_with_the_official_package_reads_ours(scheme: str, tm
     assert float((theirs - logits_of(model)).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.full
 def test_the_official_layer_reads_experts(tmp_path: Path) -> None:
     """Transformers 5 cannot load quantized experts at all; the official layer itself can read each of ours."""
     aqlm = pytest.importorskip("aqlm", reason="the witness aqlm==1.1.7 is not installed")

@@ -57,7 +57,8 @@ def test_generate_with_a_static_cache_compiled(name: str, backend: str, tmp_path
     pair = write_pair(tmp_path, FAMILIES[name])
     tokens = torch.arange(3, 13).view(2, 5)
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False}
-    model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (pair.aqlm, pair.dense))
+    models: Any = (AutoModelForCausalLM.from_pretrained(path) for path in (pair.aqlm, pair.dense))
+    model, dense = models
     expected = dense.generate(tokens, **options)
     assert torch.equal(model.generate(tokens, **options, cache_implementation="static"), expected)
     model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
@@ -65,7 +66,7 @@ def test_generate_with_a_static_cache_compiled(name: str, backend: str, tmp_path
 
 
 def test_generate_may_compile_by_itself(folder: Path) -> None:
-    quantizer = AutoModelForCausalLM.from_pretrained(folder).hf_quantizer
+    quantizer: Any = AutoModelForCausalLM.from_pretrained(folder).hf_quantizer
     assert quantizer.is_compileable
     assert quantizer.is_trainable
 
