@@ -99,8 +99,8 @@ class AqlmQuantizer(HfQuantizer):
         parts = [
             with_parts(entry, self._problems) for entry in weight_conversions if isinstance(entry, WeightConverter)
         ]
-        ours = [*(entry for entry in parts if entry is not None), linear_converter(self._problems, KeepPart(self._parallel))]
-        transforms = [*weight_conversions, *ours]
+        alone = linear_converter(self._problems, KeepPart(self._parallel))
+        transforms = [*weight_conversions, *(entry for entry in parts if entry is not None), alone]
         if first and self._files is not None:
             self._sizes = check_checkpoint(model, self._files, transforms, self.quantization_config.parsed())
             self._parallel.prepare(model, self._files, transforms)
@@ -160,7 +160,8 @@ class AqlmQuantizer(HfQuantizer):
                 plain[f"{name.removesuffix('.weight')}.{part}"] = _alone(tensor, written)
         return plain
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes the config's a name
         dense: dict[int, nn.Parameter] = {}  # weights that modules share stay shared
         for module in model.modules():
             for name, weight in list(module._parameters.items()):

@@ -107,6 +107,7 @@ def test_attach(tmp_path: Path) -> None:
     assert aqlm_tensor.integrations.hf.attach(model)
     assert not aqlm_tensor.integrations.hf.attach(model)
     assert model.hf_quantizer.is_serializable()
+    model.save_pretrained(tmp_path / "saved")
     model.dequantize()
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
     assert not hasattr(model, "hf_quantizer") or model.hf_quantizer is None
