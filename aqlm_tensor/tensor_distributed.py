@@ -120,7 +120,10 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
 def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     w, count, group = args
     wait = torch.ops._c10d_functional.wait_tensor.default
-    gathered = [wait(func(part.contiguous(), count, group)).chunk(count) for part in w.parts()]
+    gathered = []
+    for part in w.parts():
+        sent = part.contiguous().view(torch.uint8)  # neither gloo nor NCCL knows int16
+        gathered.append(wait(func(sent, count, group)).view(part.dtype).chunk(count))
     shards: list[Any] = [AQLMTensor(*parts, orientation=w.orientation) for parts in zip(*gathered, strict=True)]
     return torch.cat(shards)  # pyright: ignore[reportReturnType]
 

@@ -339,6 +339,14 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> bool:
     return all(part.is_pinned() for part in args[0].parts())
 
 
+@implements_torch_function(torch.Tensor.numpy)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
+    raise TypeError(
+        "an AQLMTensor is no NumPy array: `.dequantize().numpy()` is the dense weight. accelerate's disk offload would "
+        'need one; offload AQLM weights to "cpu"'
+    )
+
+
 @implements_torch_function(vars(torch._C.TensorBase)["requires_grad"].__set__)
 def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
     args[0].requires_grad_(args[1])

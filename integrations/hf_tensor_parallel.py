@@ -10,6 +10,7 @@ Linear layers split by outputs (colwise) or by inputs (rowwise), in equal parts 
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class TensorParallel:
         for key, targets in homes.items():
             alone = len(targets) == 1 and uses[targets[0]] == 1
             self._schemes |= dict.fromkeys(targets, codes[key] if alone else None)
-        self._hook = model.register_state_dict_post_hook(self._hide)
+        self._hook = model.register_state_dict_post_hook(partial(self._hide))  # to which torch sets an attribute
 
     def _hide(self, model: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """What the loader sees: quantized DTensors become plain parameters of their local shape."""
@@ -121,15 +122,16 @@ def _placement(name: str, module: nn.Module, weight: DTensor, scheme: AQLMScheme
     mesh, placements = weight.device_mesh, weight.placements
     if not isinstance(module, nn.Linear) or scheme is None or mesh.ndim != 1 or not isinstance(placements[0], Shard):
         raise ValueError(
-            f"{name} of a {type(module).__name__} would be distributed as {list(placements)}, but AQLM weights only as "
-            "colwise or rowwise parts of a linear layer on a mesh of one dimension: leave the layer out of the tp_plan, "
-            "or for FSDP2 load without a plan and call fully_shard afterwards"
+            f"{name} of a {type(module).__name__} would be distributed as {list(placements)}, but AQLM weights "
+            "only as colwise or rowwise parts of a linear layer on a mesh of one dimension: leave the layer out of the "
+            "tp_plan, or for FSDP2 load without a plan and call fully_shard afterwards"
         )
     dim, count = placements[0].dim % 2, mesh.size()
     group = (scheme.out_group_size, scheme.in_group_size)[dim]
     if weight.shape[dim] % (count * group):
         raise ValueError(
-            f"{name} {tuple(weight.shape)} cannot be split into {count} equal parts along dimension {dim}, since {scheme} "
-            f"needs parts of whole groups of {group}: use another number of ranks, or leave the layer out of the tp_plan"
+            f"{name} {tuple(weight.shape)} cannot be split into {count} equal parts along dimension {dim}, since "
+            f"{scheme} needs parts of whole groups of {group}: use another number of ranks, or leave the layer out of "
+            "the tp_plan"
         )
     return Shard(dim)

@@ -205,12 +205,14 @@ def quantized(weight: AQLMTensor) -> Any:
 def new_codes_are_used(rank: int, folder: Path) -> None:
     """Kernels that keep repacked codes notice that FSDP2 gathered others into the same memory."""
     x = torch.randn(8, 1024)
-    layer = sharded(quantized(random_weight("2x8g8", 1024, 1024)), reshard_after_forward=True)
-    for seed in (0, 1, 2):
-        new = random_weight("2x8g8", 1024, 1024, seed=seed)
-        as_aqlm(layer.weight.to_local()).copy_(new.chunk(2)[rank])
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), F.linear(x, new))
+    for scheme in ("2x8g8", "1x12g8"):
+        layer = sharded(quantized(random_weight(scheme, 1024, 1024)), reshard_after_forward=True)
+        for seed in (0, 1, 2):
+            new = random_weight(scheme, 1024, 1024, seed=seed)
+            as_aqlm(layer.weight.to_local()).copy_(new.chunk(2)[rank])
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), F.linear(x, new))
+            assert_same(layer.weight.full_tensor(), new)
 
 
 def one_rank(rank: int, folder: Path) -> None:
