@@ -29,7 +29,9 @@ def test_offload_to_the_cpu() -> None:
     assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
     for _ in range(2):
         assert torch.equal(offloaded(X), expected)
-    dispatched = accelerate.dispatch_model(model(), {"0": "cpu", "1": "cpu"}, main_device="cpu", force_hooks=True)
+    dispatched = accelerate.dispatch_model(
+        model(), {"0": "cpu", "1": "cpu"}, main_device=torch.device("cpu"), force_hooks=True
+    )
     assert torch.equal(dispatched(X), expected)
     assert all(isinstance(layer.weight, AQLMTensor) for layer in offloaded)
     hooked, hook = accelerate.cpu_offload_with_hook(model(), execution_device="cpu")
@@ -41,4 +43,6 @@ def test_disk_offload_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match='offload AQLM weights to "cpu"'):
         accelerate.disk_offload(model(), tmp_path, execution_device=torch.device("cpu"))
     with pytest.raises(TypeError, match='offload AQLM weights to "cpu"'):
-        accelerate.dispatch_model(model(), {"0": "cpu", "1": "disk"}, main_device="cpu", offload_dir=tmp_path)
+        accelerate.dispatch_model(
+            model(), {"0": "cpu", "1": "disk"}, main_device=torch.device("cpu"), offload_dir=tmp_path
+        )
