@@ -33,7 +33,7 @@ def test_offload_to_the_cpu() -> None:
         model(), {"0": "cpu", "1": "cpu"}, main_device=torch.device("cpu"), force_hooks=True
     )
     assert torch.equal(dispatched(X), expected)
-    assert all(isinstance(layer.weight, AQLMTensor) for layer in offloaded)
+    assert all(isinstance(layer.weight, AQLMTensor) for layer in offloaded.children())
     hooked, hook = accelerate.cpu_offload_with_hook(model(), execution_device="cpu")
     assert torch.equal(hooked(X), expected)
     hook.offload()
