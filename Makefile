@@ -5,7 +5,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/python -P -m pip install -c constraints.txt
 PY := .venv/bin/python -P
-PYTEST := $(PY) -m pytest
+# one process per core, each with one OpenMP thread unless a test asks for more
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 TYPECHECK := build/typecheck
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -11,7 +11,7 @@ resumes to the same bits: forward passes are repeated, finished layers and finis
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -104,7 +104,7 @@ def calibrate(
     config: AQLMWeightConfig,
     batches: Sequence[Tensor],
     *,
-    blocks: Sequence[nn.Module] | None = None,
+    blocks: Iterable[nn.Module] | None = None,
     finetune: FinetuneConfig | None = None,
     work_dir: str | Path | None = None,
     resume: bool = False,

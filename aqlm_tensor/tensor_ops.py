@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -88,8 +90,8 @@ def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
 def _observed(operands: tuple[Tensor | None, ...]) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+        or peek_interpreter_stack() is not None
+        or _profiler_enabled()
         or torch._C._is_tracing()
         or any(type(operand) not in _PLAIN or (operand is not None and operand.is_meta) for operand in operands)
     )

@@ -95,7 +95,7 @@ class WorkFolder:
         """A finished layer."""
         tensors, report = self._load(self._layer(fqn), device)
         report["shape"] = tuple(report["shape"])
-        return LayerReport(**report), AQLMTensor(*(tensors[name] for name in _PARTS))
+        return LayerReport(**report), AQLMTensor(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
     def has_block(self, index: int) -> bool:
         """Whether a block is finished."""
@@ -164,5 +164,5 @@ def _fingerprint(tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

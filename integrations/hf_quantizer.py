@@ -172,7 +172,7 @@ class AqlmQuantizer(HfQuantizer):
         return model
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - an unannotated property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - an abstract property
         """Trainer may train adapters on the model."""
         return True
 

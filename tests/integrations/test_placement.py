@@ -25,11 +25,11 @@ def model() -> Any:
 
 def test_offload_to_the_cpu() -> None:
     expected = model()(X)
-    offloaded = accelerate.cpu_offload(model(), execution_device=torch.device("cpu"))
+    offloaded: Any = accelerate.cpu_offload(model(), execution_device=torch.device("cpu"))
     assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
     for _ in range(2):
         assert torch.equal(offloaded(X), expected)
-    dispatched = accelerate.dispatch_model(
+    dispatched: Any = accelerate.dispatch_model(
         model(), {"0": "cpu", "1": "cpu"}, main_device=torch.device("cpu"), force_hooks=True
     )
     assert torch.equal(dispatched(X), expected)
