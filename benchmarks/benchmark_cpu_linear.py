@@ -28,7 +28,7 @@ from aqlm_tensor.kernels.numba_linear import method
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
-from harness import RESULTS, copies_to_exceed_cache, provenance, time_in_turn, write_csv
+from harness import RESULTS, copies_to_exceed_cache, provenance, settled_seconds, time_in_turn, write_csv
 from limits import Limits, measure
 from plots import plot_ratios
 from providers.dense import dense
@@ -111,7 +111,7 @@ def measure_case(setting: Setting, rows: int, threads: int, limits: Limits, seco
         errors[name] = float((call(0).double() - reference).norm() / reference.norm())
         if not name.startswith("official"):
             assert errors[name] < (1e-5 if "fp32" in name else 1e-2), f"{name} is wrong: relative error {errors[name]}"
-    for name, timing in time_in_turn(calls, seconds=seconds).items():
+    for name, timing in time_in_turn(calls, seconds=seconds, timer=settled_seconds).items():
         wrong = name.startswith("official") and errors[name] > WRONG
         yield {
             "in_features": setting.in_features,

@@ -64,6 +64,17 @@ def cpu_seconds(call: Call, index: int) -> float:
     return time.perf_counter() - start
 
 
+def settled_seconds(call: Call, index: int) -> float:
+    """Wall time of the second of two calls, after a rest; the timer for threads on the CPU.
+
+    OpenMP's threads spin for some milliseconds after their last work, and two of the candidates bring an OpenMP of
+    their own: without the rest, threads of one take the cores from the next.
+    """
+    time.sleep(0.01)
+    call(2 * index)
+    return cpu_seconds(call, 2 * index + 1)
+
+
 def time_in_turn(
     candidates: dict[str, Call], *, seconds: float, rounds: tuple[int, int] = (5, 50), timer: Timer = cpu_seconds
 ) -> dict[str, Timing]:
