@@ -138,8 +138,8 @@ def calibrate(
     """
     if not batches or len({batch.shape for batch in batches}) != 1:
         raise ValueError(f"batches must be token ids of one shape, got {sorted({tuple(b.shape) for b in batches})}")
-    if finetune is not None and len(batches) < 2:
-        raise ValueError("fine-tuning needs at least 2 batches, one of them to validate on: pass smaller batches")
+    if finetune is not None:
+        finetune.held_out(len(batches))  # raises for too few, before any work
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     chosen = list(find_blocks(model) if blocks is None else blocks)
@@ -184,7 +184,7 @@ class _Run:
         targets = [target for target in self.targets if id(target.module) in chosen]
         finished = self.work is not None and self.work.has_block(index)
         if targets and not finished:
-            outputs = self._quantize_layers(index, block, [target.module for target in targets])
+            outputs = self._quantize_layers(index, block, targets)
             if self.finetune is not None:
                 self._fine_tune(index, block, outputs)
             if self.work is not None:
@@ -199,14 +199,15 @@ class _Run:
             with dense_weights(block):
                 self.calls.hidden = self._pass("propagate", index)
 
-    def _quantize_layers(self, index: int, block: nn.Module, linears: list[nn.Linear]) -> list[Tensor]:
+    def _quantize_layers(self, index: int, block: nn.Module, targets: list[Target]) -> list[Tensor]:
         """Quantize the layers of a block; the outputs that the dense block has for its inputs."""
+        linears = [target.module for target in targets]
         try:
-            quantize_(self.model, replace(self.config, step="prepare"), members(linears))
+            quantize_(self.model, self.config, members(linears))
             outputs = self._pass("calibrate", index)
             self._tell("quantize", index)
-            for target in self.targets:
-                if target.module in linears and self.work is not None and self.work.has_layer(target.fqn):
+            for target in targets:
+                if self.work is not None and self.work.has_layer(target.fqn):
                     self._take(index, target)
                     detach_observers([target.module])
             dense = [layer for layer in linears if not isinstance(layer.weight, AQLMTensor)]

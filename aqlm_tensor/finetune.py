@@ -47,6 +47,18 @@ class FinetuneConfig:
         if not 0 < self.validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
 
+    def held_out(self, batches: int) -> range:
+        """Which of so many batches are held out: the last ones.
+
+        Raises:
+            ValueError: for fewer than two batches.
+        """
+        if batches < 2:
+            raise ValueError(
+                f"fine-tuning needs at least 2 batches, one of them to validate on, got {batches}: pass smaller batches"
+            )
+        return range(batches - max(1, round(self.validation * batches)), batches)
+
 
 def finetune_block(
     block: nn.Module,
@@ -73,9 +85,7 @@ def finetune_block(
     Raises:
         ValueError: for fewer than two batches.
     """
-    if len(inputs) < 2:
-        raise ValueError(f"fine-tuning needs at least 2 batches, one of them to validate on, got {len(inputs)}")
-    held_out = range(len(inputs) - max(1, round(config.validation * len(inputs))), len(inputs))
+    held_out = config.held_out(len(inputs))
     with torch.enable_grad(), _trained_in_float32(block) as parameters:
 
         def loss(index: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.tensor_ops import linear_of_parts
@@ -147,7 +148,7 @@ class FusedGroup(nn.Module):
         self.codes = torch.cat([weight.codes for weight in weights])
         self.scales = torch.cat([weight.scales for weight in weights])
         repeats = _repeats(weights)
-        books = [_partitioned(w).repeat_interleave(n, 0) for w, n in zip(weights, repeats, strict=True)]
+        books = [partitioned(w.codebooks).repeat_interleave(n, 0) for w, n in zip(weights, repeats, strict=True)]
         self.codebooks = torch.cat(books)
         self._expose(weights)
 
@@ -291,11 +292,6 @@ def _weight(layer: nn.Linear) -> AQLMTensor:
     weight = layer.weight
     assert isinstance(weight, AQLMTensor)
     return weight
-
-
-def _partitioned(weight: AQLMTensor) -> Tensor:
-    """Codebooks as [P, K, 2^N, H, G]."""
-    return weight.codebooks if weight.codebooks.dim() == 5 else weight.codebooks[None]
 
 
 def _repeats(weights: Sequence[AQLMTensor]) -> list[int]:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig, config_to_dict
 
+from aqlm_tensor.checkpoint import PARTS
 from aqlm_tensor.checkpoint_io import flush, read_json
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.tensor import AQLMTensor
@@ -29,7 +30,6 @@ __all__ = ["WorkFolder"]
 
 _FORMAT = 1
 _STATE = "state.json"
-_PARTS = ("codes", "codebooks", "scales")
 
 
 class WorkFolder:
@@ -89,7 +89,7 @@ class WorkFolder:
 
     def save_layer(self, report: LayerReport, weight: AQLMTensor) -> None:
         """Keep a finished layer."""
-        self._save(self._layer(report.fqn), dict(zip(_PARTS, weight.parts(), strict=True)), asdict(report))
+        self._save(self._layer(report.fqn), dict(zip(PARTS, weight.parts(), strict=True)), asdict(report))
 
     def load_layer(self, fqn: str, device: torch.device) -> tuple[LayerReport, AQLMTensor]:
         """A finished layer."""

@@ -20,27 +20,17 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from rich.progress import Progress
 
-from aqlm_tensor import AQLMTensor, SolverConfig, aqlm_2x8, quantize_
+from aqlm_tensor import SolverConfig, aqlm_2x8, quantize_
 from aqlm_tensor.cli_output import failures, note, phase
 from aqlm_tensor.evaluate import generate
 from aqlm_tensor.hf_model import find_model, load_model
-from aqlm_tensor.sequential import in_blocks
+from aqlm_tensor.sequential import dense_weights, in_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from demo import model_folder
 from harness import RESULTS, Timing, provenance, write_csv
 
 PROMPT = "Tell me a long story about a fisherman and the sea."
-
-
-def dequantized(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a model with dense weights in the place of quantized ones."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, AQLMTensor):
-            module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
-    return model
 
 
 def make_models() -> tuple[dict[str, Any], Any]:
@@ -51,7 +41,9 @@ def make_models() -> tuple[dict[str, Any], Any]:
         quantize_(quantized, aqlm_2x8(solver=SolverConfig(max_rounds=0)), filter_fn=in_blocks(quantized))
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with phase("checking"), torch.no_grad():
-        expected, logits = (model(tokens).logits for model in (dequantized(quantized), quantized))
+        logits = quantized(tokens).logits
+        with dense_weights(quantized):
+            expected = quantized(tokens).logits
         error = float((logits - expected).norm() / expected.norm())
         assert error < 1e-4, f"logits are wrong: relative error {error}"
     models = {"dense fp32": dense, "dense bf16": copy.deepcopy(dense).to(torch.bfloat16), "ours fp32": quantized}

@@ -5,6 +5,7 @@ they raise. What may be missing or left over is only what differs between a mode
 classification head that is to be trained, the lm_head of a checkpoint from which only the base model is taken.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -63,15 +64,8 @@ def check_checkpoint(
     for key, targets in homes.items():
         shape, dtype = headers[key]
         for target in targets:
-            sizes[target] += _numel(shape) * dtype.itemsize // len(targets)
+            sizes[target] += math.prod(shape) * dtype.itemsize // len(targets)
     return dict(sizes)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def homes_of(model: Any, keys: list[str], transforms: list[WeightTransform]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["WORKSPACE_BYTES", "dequantize", "linear", "linear_input_grad", "supports"]
@@ -43,7 +44,7 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """
     out = codebooks.new_empty(codes.shape[0], codes.shape[1] * 8)
     if out.numel():
-        _decode_into(out, codes, codebooks if codebooks.dim() == 5 else codebooks[None], scales)
+        _decode_into(out, codes, partitioned(codebooks), scales)
     return out
 
 
@@ -83,7 +84,7 @@ def _pieces(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Iterator[tuple[
     pieces = list(_row_pieces(codes, codebooks))
     most = max((rows.stop - rows.start for _, rows in pieces), default=0)
     workspace = codebooks.new_empty(most, codes.shape[1] * 8)
-    books = codebooks if codebooks.dim() == 5 else codebooks[None]
+    books = partitioned(codebooks)
     for partition, rows in pieces:
         weight = workspace[: rows.stop - rows.start]
         if weight.numel():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["MAX_TOKENS", "linear", "supports"]
@@ -47,7 +48,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if not out.numel():
         return out
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
-    books = codebooks if codebooks.dim() == 5 else codebooks[None]
+    books = partitioned(codebooks)
     partitions, num_books, size = books.shape[:3]
     rows, groups = codes.shape[0] // partitions, codes.shape[1]
     shared_bytes = num_books * size * 32

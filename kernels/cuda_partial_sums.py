@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_lookup, cuda_runtime
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["linear", "slower_than_next", "supports"]
@@ -72,7 +73,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     if (codes.data_ptr() | codes.stride(0)) % _LANE_BYTES:
         codes = codes.clone(memory_format=torch.contiguous_format)
-    books = codebooks if codebooks.dim() == 5 else codebooks[None]
+    books = partitioned(codebooks)
     partitions, num_books, size = books.shape[:3]
     rows, groups = codes.shape[0] // partitions, codes.shape[1]
     defines = (

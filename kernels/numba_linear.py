@@ -24,6 +24,7 @@ from aqlm_tensor.kernels.numba_gather import TOKENS, gather_linear
 from aqlm_tensor.kernels.numba_lookup import PERMUTE_TOKENS, lookup_linear
 from aqlm_tensor.kernels.numba_parallel import as_float32
 from aqlm_tensor.kernels.numba_product import product, product_input_grad
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "method", "supports"]
@@ -53,7 +54,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         return (y if bias is None else y + bias).to(x.dtype)
     way = method(x.shape[0], codes.shape, codebooks.shape)
     if way == "lookup":
-        y = lookup_linear(x, codes, codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0), scales, bias)
+        y = lookup_linear(x, codes, partitioned(codebooks), scales, bias)
     else:
         multiply = gather_linear if way == "gather" else product
         y = multiply(x, Weight.of(codes, codebooks, scales), bias)

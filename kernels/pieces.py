@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aqlm_tensor.kernels.reference import partitioned
+
 __all__ = ["WORKSPACE_BYTES", "dequantize", "linear", "linear_input_grad"]
 
 WORKSPACE_BYTES = 128 << 20
@@ -22,7 +24,7 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, decode_into: De
     """The weight [O, I] in the codebooks' dtype."""
     out = codebooks.new_empty(codes.shape[0] * codebooks.shape[-2], codes.shape[1] * codebooks.shape[-1])
     if out.numel():
-        decode_into(out, codes, _partitioned(codebooks), scales)
+        decode_into(out, codes, partitioned(codebooks), scales)
     return out
 
 
@@ -54,10 +56,6 @@ def linear_input_grad(
     return total.to(grad.dtype)
 
 
-def _partitioned(codebooks: Tensor) -> Tensor:
-    return codebooks if codebooks.dim() == 5 else codebooks[None]
-
-
 def _decoded(
     codes: Tensor, codebooks: Tensor, scales: Tensor, decode_into: DecodeInto
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -65,7 +63,7 @@ def _decoded(
 
     A piece is a stretch of one partition or, if the whole weight fits the workspace, everything.
     """
-    books = _partitioned(codebooks)
+    books = partitioned(codebooks)
     out_group, in_features = books.shape[-2], codes.shape[1] * books.shape[-1]
     groups = codes.shape[0]
     size = groups // books.shape[0]

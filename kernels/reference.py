@@ -26,6 +26,7 @@ __all__ = [
     "linear",
     "linear_input_grad",
     "linear_param_grad",
+    "partitioned",
     "supports",
 ]
 
@@ -104,14 +105,14 @@ def linear_param_grad(
     return _param_grad(blocks(), codes, codebooks, scales)
 
 
-def _partitioned(codebooks: Tensor) -> Tensor:
+def partitioned(codebooks: Tensor) -> Tensor:
     """Codebooks as [P, K, C, H, G]."""
     return codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
 
 
 def _row_blocks(codes: Tensor, codebooks: Tensor) -> Iterator[slice]:
     """Slices of weight rows (multiples of H, none across a partition border) of about _BLOCK_ELEMENTS weights."""
-    books = _partitioned(codebooks)
+    books = partitioned(codebooks)
     out_group, in_group = books.shape[-2:]
     groups = codes.shape[0] // books.shape[0]
     step = max(1, _BLOCK_ELEMENTS // max(1, out_group * codes.shape[1] * in_group))
@@ -132,7 +133,7 @@ def _decoded_blocks(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Iterato
 
 def _books_of(groups: slice, codes: Tensor, codebooks: Tensor) -> Tensor:
     """The codebooks [K, C, H, G], wide, of the partition that a block of out groups lies in."""
-    books = _partitioned(codebooks)
+    books = partitioned(codebooks)
     return _wide(books[groups.start * books.shape[0] // codes.shape[0]])
 
 
@@ -161,7 +162,7 @@ def _param_grad(
     grad_blocks: Iterator[tuple[slice, Tensor]], codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scatter blocks of the dense weight's gradient to the entries and scales that produced them."""
-    books = _partitioned(codebooks)
+    books = partitioned(codebooks)
     out_group, in_group = books.shape[-2:]
     grad_books = torch.zeros_like(books, dtype=_wide_dtype(books.device))
     grad_scales = torch.zeros_like(scales, dtype=grad_books.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import pieces, triton_kernels
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["MAX_TOKENS", "dequantize", "linear", "linear_input_grad", "supports"]
@@ -52,7 +53,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     """
     if x.shape[0] > MAX_TOKENS:
         return pieces.linear(x, codes, codebooks, scales, bias, _decode_into)
-    books = codebooks if codebooks.dim() == 5 else codebooks[None]
+    books = partitioned(codebooks)
     partitions, num_books, size, out_group, in_group = books.shape
     out_features, in_groups = codes.shape[0] * out_group, codes.shape[1]
     out = x.new_empty(x.shape[0], out_features)

@@ -7,6 +7,7 @@ from aqlm_tensor.kernels.numba_decode import Weight
 from aqlm_tensor.kernels.numba_gather import gather_linear
 from aqlm_tensor.kernels.numba_lookup import lookup_linear
 from aqlm_tensor.kernels.numba_product import product
+from aqlm_tensor.kernels.reference import partitioned
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear
 from tests.strategies import Case, build, cases, schemes
 
@@ -15,7 +16,7 @@ runnable = lambda case: case.rows and case.out_features and case.in_features  # 
 
 
 def by_lookup(x, codes, codebooks, scales, bias):
-    books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
+    books = partitioned(codebooks)
     bias = None if bias is None else bias.float()
     return lookup_linear(x, codes, books, scales, bias).to(x.dtype)
 

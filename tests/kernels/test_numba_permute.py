@@ -11,6 +11,7 @@ from torch import Tensor
 from aqlm_tensor.kernels.numba_bytes import can_permute
 from aqlm_tensor.kernels.numba_codes import packed_codes
 from aqlm_tensor.kernels.numba_lookup import lookup_linear
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits, threads
 from tests.strategies import Case, Operands, build, cases, random_parts, schemes
@@ -25,7 +26,7 @@ permuting = pytest.mark.skipif(not can_permute(), reason="needs AVX-512 VBMI")
 
 
 def linear(permute: bool, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    books = codebooks if codebooks.dim() == 5 else codebooks.unsqueeze(0)
+    books = partitioned(codebooks)
     bias = None if bias is None else bias.float()
     return lookup_linear(x, codes, books, scales, bias, permute=permute).to(x.dtype)
 
