@@ -222,7 +222,10 @@ class _Run:
         assert self.finetune is not None
         self._tell("fine-tune", index)
         start = time.perf_counter()
-        call = functools.partial(self.calls.run, index)
+
+        def call(_batch: int, hidden: Tensor) -> Tensor:
+            return self.calls.run(index, hidden)
+
         errors = finetune_block(block, call, self.calls.hidden, outputs, self.finetune, seed=self.config.seed)
         self.tuned.append(BlockReport(index, *errors, time.perf_counter() - start))
 

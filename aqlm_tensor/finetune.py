@@ -62,7 +62,7 @@ class FinetuneConfig:
 
 def finetune_block(
     block: nn.Module,
-    call: Callable[[Tensor], Tensor],
+    call: Callable[[int, Tensor], Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
     config: FinetuneConfig,
@@ -73,7 +73,7 @@ def finetune_block(
 
     Args:
         block: with AQLM weights; it is trained in float32 and has its own dtype again afterwards.
-        call: computes the block's output for an input, in the input's dtype.
+        call: computes the block's output for a batch's index and its input, in the input's dtype.
         inputs: hidden states [B, seqlen, width], at least two.
         targets: the output that the block should have for each input.
         config: the effort.
@@ -89,7 +89,7 @@ def finetune_block(
     with torch.enable_grad(), _trained_in_float32(block) as parameters:
 
         def loss(index: int) -> Tensor:
-            return _relative_error(call(inputs[index].float()), targets[index].float())
+            return _relative_error(call(index, inputs[index].float()), targets[index].float())
 
         def validate() -> float:
             with torch.no_grad():
