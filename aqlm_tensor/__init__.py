@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aqlm_tensor.api import QuantizationReport, quantize_
-    from aqlm_tensor.calibration import CalibrationReport, calibrate
+    from aqlm_tensor.calibration import calibrate
     from aqlm_tensor.checkpoint import load, save
     from aqlm_tensor.config import (
         AQLMWeightConfig,
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from aqlm_tensor.decode_graph import DecodeGraph
     from aqlm_tensor.finetune import FinetuneConfig
     from aqlm_tensor.fusion import FusionReport, fuse_, unfuse_
+    from aqlm_tensor.pv_config import PVConfig
+    from aqlm_tensor.pv_tuning import tune_pv
+    from aqlm_tensor.run_report import CalibrationReport
     from aqlm_tensor.scheme import AQLMScheme
     from aqlm_tensor.tensor import AQLMTensor
     from aqlm_tensor.training import trainable
@@ -34,10 +37,11 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
-    "CalibrationReport": "calibration",
+    "CalibrationReport": "run_report",
     "DecodeGraph": "decode_graph",
     "FinetuneConfig": "finetune",
     "FusionReport": "fusion",
+    "PVConfig": "pv_config",
     "QuantizationReport": "api",
     "SolverConfig": "config",
     "aqlm_1x8": "config",
@@ -52,6 +56,7 @@ _HOMES = {
     "quantize_": "api",
     "save": "checkpoint",
     "trainable": "training",
+    "tune_pv": "pv_tuning",
     "unfuse_": "fusion",
 }
 
@@ -63,6 +68,7 @@ __all__ = [
     "DecodeGraph",
     "FinetuneConfig",
     "FusionReport",
+    "PVConfig",
     "QuantizationReport",
     "SolverConfig",
     "aqlm_1x8",
@@ -77,6 +83,7 @@ __all__ = [
     "quantize_",
     "save",
     "trainable",
+    "tune_pv",
     "unfuse_",
 ]
 

@@ -1,166 +1,149 @@
-"""calibrate: quantize a decoder block by block, each on the inputs it will really have.
+"""calibrate: quantize a model block by block, each on the inputs it will really have.
 
 `quantize_` with "prepare" and "convert" sees the inputs of the dense model. Here a block sees what the quantized blocks
 before it put out, as in GPTQ and AQLM, so that errors are not multiplied from block to block; its continuous parameters
 can then be fine-tuned against the output that the dense block has for the same inputs; and only one block's X^T X is in
-memory. It costs a second forward pass of each block.
+memory, and on request only one block on the GPU. It costs a second forward pass of each block.
 
-With a work folder every layer is kept as soon as it is done (`aqlm_tensor.work_folder`), and a run that was killed
-resumes to the same bits: forward passes are repeated, finished layers and finished fine-tuning are not.
+With a work folder every layer is kept as soon as it is done (`aqlm_tensor.work_folder`), and a run that was killed, ran
+out of memory or filled the disk resumes to the same bits: forward passes are repeated, finished layers and finished
+fine-tuning are not.
 """
 
+import contextlib
+import errno
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor.api import QuantizationReport, quantize_
+from aqlm_tensor.activations import PLACES, Activations, Place
+from aqlm_tensor.api import quantize_
+from aqlm_tensor.block_calls import Batch, BlockCalls, on_device, tensors_of
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.finetune import FinetuneConfig, finetune_block
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.quantizer.observers import detach_observers
-from aqlm_tensor.sequential import BlockCalls, dense_weights, find_blocks, linears_of, members
+from aqlm_tensor.run_report import BlockReport, CalibratedLayer, CalibrationReport, Phase, Progress, Stopwatch
+from aqlm_tensor.sequential import dense_weights, find_blocks, linears_of, members, reading_order
 from aqlm_tensor.targets import Target, find_targets
 from aqlm_tensor.tensor import AQLMTensor
-from aqlm_tensor.work_folder import WorkFolder
+from aqlm_tensor.work_folder import WorkFolder, as_json, fingerprint
 
-__all__ = ["BlockReport", "CalibrationReport", "Progress", "calibrate"]
-
-Phase = Literal["calibrate", "quantize", "fine-tune", "propagate"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where `calibrate` is.
-
-    Attributes:
-        phase: "calibrate" (collecting X^T X), "quantize", "fine-tune", or "propagate" (computing the next block's
-            input).
-        block: index of the block.
-        blocks: blocks in all.
-        done: layers quantized so far.
-        layers: layers to quantize in all.
-        layer: report of the layer that was just quantized, if one was.
-    """
-
-    phase: Phase
-    block: int
-    blocks: int
-    done: int
-    layers: int
-    layer: LayerReport | None = None
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """One block that was fine-tuned.
-
-    Attributes:
-        block: its index.
-        error_before: mean over held-out tokens of |output - target|^2 / |target|^2 before fine-tuning.
-        error_after: the same after it.
-        seconds: wall time of fine-tuning.
-    """
-
-    block: int
-    error_before: float
-    error_after: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class CalibrationReport(QuantizationReport):
-    """What `calibrate` did.
-
-    Attributes:
-        blocks: a report for each block that was fine-tuned.
-    """
-
-    blocks: tuple[BlockReport, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [super().__str__()]
-        if self.blocks:
-            before, after = (
-                sum(getattr(block, name) for block in self.blocks) for name in ("error_before", "error_after")
-            )
-            seconds = sum(block.seconds for block in self.blocks)
-            lines.append(
-                f"fine-tuned {len(self.blocks)} blocks, error of their outputs {before / len(self.blocks):.3g} -> "
-                f"{after / len(self.blocks):.3g} on average, in {seconds:.1f} s"
-            )
-        return "\n".join(lines)
+__all__ = ["calibrate"]
 
 
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
     config: AQLMWeightConfig,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     blocks: Iterable[nn.Module] | None = None,
     finetune: FinetuneConfig | None = None,
+    true_sequential: bool = False,
+    device: torch.device | str | None = None,
+    keep_inputs: Place = "device",
     work_dir: str | Path | None = None,
     resume: bool = False,
+    data_origin: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     after_block: Callable[[int], None] | None = None,
 ) -> CalibrationReport:
     """Quantize the linear layers of a model's blocks in place, in order, on the inputs they will really have.
 
-    An exception leaves every layer either dense or quantized.
+    An exception leaves every layer either dense or quantized, and a layer that was done in `work_dir`.
 
     Args:
-        model: a decoder; called as model(batch).
+        model: a decoder or encoder that is a plain sequence of blocks; only the hidden state may depend on what earlier
+            blocks compute.
         config: what to do with each layer; its `step` is ignored.
-        batches: token ids, all of one shape [B, seqlen], without padding.
+        batches: each a tensor (token ids [B, seqlen], say), called as model(batch), or a mapping of keywords, called as
+            model(**batch). Shapes may differ. Padded positions count like others: rather cut texts than pad them.
         blocks: the blocks to quantize, in the order in which the model calls them; by default those of `find_blocks`.
             They must begin with the first one that the model calls.
         finetune: fine-tune each block so; None does not.
+        true_sequential: calibrate the layers of a block one group after another (q, k, v; o; gate, up; down), each on
+            what the quantized groups before it put out, as GPTQ's option of that name; it takes a forward pass of the
+            block for each group.
+        device: where to compute. Each block is moved there and back, so the model can stay in (or be mapped to) CPU
+            memory; None computes where the first block is.
+        keep_inputs: where the inputs of a block wait: "device", "cpu" or "disk" (in `work_dir`, or with the system's
+            temporary files).
         work_dir: keep finished layers and blocks in this folder.
         resume: go on with what `work_dir` holds; the model must be the dense one again, and everything else the same.
+        data_origin: JSON-able notes on where the batches come from, for the report.
         on_progress: called at each change of phase and after each layer.
         after_block: called with the number of blocks quantized so far, when the model may be run (to evaluate it, say).
 
     Returns:
-        The layers that were quantized (those taken from `work_dir` included), the blocks that were fine-tuned and the
-        layers left dense (the others outside of the blocks are not listed).
+        The layers that were quantized (those taken from `work_dir` included), the blocks that were fine-tuned, the
+        layers left dense (the others outside of the blocks are not listed), and what the run was made from and took.
 
     Raises:
-        ValueError: as `quantize_`, before any change; for batches of different shapes; for a model that is not a plain
-            sequence of blocks; and if what `work_dir` holds was made from another model, config or data.
+        ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; and if what
+            `work_dir` holds was made from another model, config or data.
+        TypeError: for batches of another type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
+        MemoryError, torch.OutOfMemoryError, OSError: if memory or the disk do not suffice, with a note on the remedy.
     """
-    if not batches or len({batch.shape for batch in batches}) != 1:
-        raise ValueError(f"batches must be token ids of one shape, got {sorted({tuple(b.shape) for b in batches})}")
-    if finetune is not None:
-        finetune.held_out(len(batches))  # raises for too few, before any work
+    _check_batches(batches, finetune)
+    if keep_inputs not in PLACES:
+        raise ValueError(f"keep_inputs must be one of {', '.join(map(repr, PLACES))}, got {keep_inputs!r}")
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     chosen = list(find_blocks(model) if blocks is None else blocks)
     config = replace(config, step="prepare")
     targets, skipped = find_targets(model, config, members(linears_of(chosen)))
-    work = None
-    if work_dir is not None:
-        work = WorkFolder(Path(work_dir), resume=resume)
-        work.check_same({"config": config, "finetune": finetune}, chosen, batches)
+    settings = {"config": config, "finetune": finetune, "true_sequential": true_sequential}
+    settings = {name: as_json(value) for name, value in settings.items()}
+    tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
+    data = {"batches": len(batches), "tokens": _tokens(batches), "sha256": fingerprint(tensors), **(data_origin or {})}
+    where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
+    watch = Stopwatch(where)
+    run = _Run(model, config, finetune, true_sequential, chosen, targets, where, keep_inputs, watch, on_progress)
     training = model.training
     model.eval()
     try:
-        calls = BlockCalls(model, chosen, batches)
-        run = _Run(model, config, finetune, calls, len(chosen), targets, work, on_progress)
-        for index, block in enumerate(chosen):
-            run.quantize(index, block)
-            if after_block is not None:
-                after_block(index + 1)
+        with run.remedies(work_dir):
+            if work_dir is not None:
+                run.work = WorkFolder(Path(work_dir), resume=resume)
+                run.work.check_same(settings, chosen, data["sha256"])
+            resumed = run.work is not None and run.work.finished_layers > 0
+            run.capture(batches)
+            for index, block in enumerate(chosen):
+                run.quantize(index, block)
+                if after_block is not None:
+                    after_block(index + 1)
     finally:
         model.train(training)
-    return CalibrationReport(tuple(run.layers), (), skipped, tuple(run.tuned))
+    record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=resumed)
+    return CalibrationReport(tuple(run.layers), (), skipped, tuple(run.tuned), record)
+
+
+def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None) -> None:
+    if not batches:
+        raise ValueError("no batches to calibrate on: pass some, of real inputs")
+    for batch in batches:
+        if not isinstance(batch, Tensor | Mapping):
+            raise TypeError(
+                f"a batch must be a tensor or a mapping of keywords to tensors, got {type(batch).__name__}: pass a "
+                'list of such batches, for example [{"input_ids": ids, "pixel_values": images}]'
+            )
+    if finetune is not None:
+        finetune.held_out(len(batches))  # raises for too few, before any work
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    """Tokens in all, where batches are, or hold, token ids."""
+    ids = [batch if isinstance(batch, Tensor) else batch.get("input_ids") for batch in batches]
+    return sum(tensor.numel() for tensor in ids if isinstance(tensor, Tensor) and not tensor.is_floating_point())
 
 
 @dataclass
@@ -170,66 +153,94 @@ class _Run:
     model: nn.Module
     config: AQLMWeightConfig
     finetune: FinetuneConfig | None
-    calls: BlockCalls
-    blocks: int
+    true_sequential: bool
+    blocks: list[nn.Module]
     targets: list[Target]
-    work: WorkFolder | None
+    device: torch.device
+    place: Place
+    watch: Stopwatch
     on_progress: Callable[[Progress], None] | None
+    work: WorkFolder | None = None
     layers: list[LayerReport] = field(default_factory=list)
     tuned: list[BlockReport] = field(default_factory=list)
+    now: tuple[Phase, int] = ("capture", 0)
+
+    def capture(self, batches: Sequence[Batch]) -> None:
+        """Learn what the blocks are called with."""
+        with self._phase("capture", 0):
+            folder = None if self.work is None else self.work.path
+            self.calls = BlockCalls(
+                self.model, self.blocks, batches, device=self.device, place=self.place, folder=folder
+            )
 
     def quantize(self, index: int, block: nn.Module) -> None:
         """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
         chosen = set(map(id, linears_of([block])))
         targets = [target for target in self.targets if id(target.module) in chosen]
         finished = self.work is not None and self.work.has_block(index)
-        if targets and not finished:
-            outputs = self._quantize_layers(index, block, targets)
-            if self.finetune is not None:
-                self._fine_tune(index, block, outputs)
-            if self.work is not None:
-                self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
-        elif finished:
-            assert self.work is not None
-            for target in targets:
-                self._take(index, target)
-            tuned = self.work.load_block(index, block)
-            self.tuned += [] if tuned is None else [BlockReport(**tuned)]
-        if index + 1 < self.blocks:
-            with dense_weights(block):
-                self.calls.hidden = self._pass("propagate", index)
+        with on_device(block, self.device):
+            if targets and not finished:
+                outputs = self._quantize_layers(index, block, targets)
+                if self.finetune is not None:
+                    self._fine_tune(index, block, outputs)
+                if self.work is not None:
+                    self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
+            elif finished:
+                self._take_block(index, block, targets)
+            if index + 1 < len(self.blocks):
+                with dense_weights(block), self._phase("propagate", index):
+                    self.calls.inputs = self._outputs(index)
 
-    def _quantize_layers(self, index: int, block: nn.Module, targets: list[Target]) -> list[Tensor]:
-        """Quantize the layers of a block; the outputs that the dense block has for its inputs."""
-        linears = [target.module for target in targets]
+    def _quantize_layers(self, index: int, block: nn.Module, targets: list[Target]) -> Activations | None:
+        """Quantize the layers of a block; the outputs that the dense block has for its inputs, to tune on."""
+        outputs = None
         try:
-            quantize_(self.model, self.config, members(linears))
-            outputs = self._pass("calibrate", index)
-            self._tell("quantize", index)
-            for target in targets:
-                if self.work is not None and self.work.has_layer(target.fqn):
-                    self._take(index, target)
-                    detach_observers([target.module])
-            dense = [layer for layer in linears if not isinstance(layer.weight, AQLMTensor)]
-            done = functools.partial(self._layer_done, index)
-            if dense:
-                quantize_(self.model, replace(self.config, step="convert"), members(dense), on_layer=done)
-            return outputs
+            for number, group in enumerate(self._groups(index, block, targets)):
+                wanted = number == 0 and self.finetune is not None
+                quantize_(self.model, self.config, members([target.module for target in group]))
+                with dense_weights(block), self._phase("calibrate", index):
+                    if wanted:
+                        outputs = self._outputs(index)
+                    else:
+                        for _ in self._each_output(index):
+                            pass
+                with self._phase("quantize", index):
+                    self._convert(group)
         finally:
             detach_observers(block.modules())
+        return outputs
 
-    def _fine_tune(self, index: int, block: nn.Module, outputs: list[Tensor]) -> None:
+    def _convert(self, targets: list[Target]) -> None:
+        """Quantize prepared layers, but for those that the work folder holds."""
+        for target in targets:
+            if self.work is not None and self.work.has_layer(target.fqn):
+                self._take(target)
+                detach_observers([target.module])
+        dense = {target.fqn: target.module for target in targets if not isinstance(target.module.weight, AQLMTensor)}
+        weights = {fqn: layer.weight for fqn, layer in dense.items()}
+        done = functools.partial(self._layer_done, weights)
+        if dense:
+            quantize_(self.model, replace(self.config, step="convert"), members(list(dense.values())), on_layer=done)
+
+    def _groups(self, index: int, block: nn.Module, targets: list[Target]) -> list[list[Target]]:
+        """The layers of a block in the groups in which they are calibrated."""
+        if not self.true_sequential:
+            return [targets]
+        first = functools.partial(self.calls.run, index, 0, self.calls.inputs[0])
+        by_layer = {id(target.module): target for target in targets}
+        groups = reading_order(block, [target.module for target in targets], first)
+        return [[by_layer[id(layer)] for layer in group] for group in groups]
+
+    def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
         assert self.finetune is not None
-        self._tell("fine-tune", index)
+        assert outputs is not None
         start = time.perf_counter()
-
-        def call(_batch: int, hidden: Tensor) -> Tensor:
-            return self.calls.run(index, hidden)
-
-        errors = finetune_block(block, call, self.calls.hidden, outputs, self.finetune, seed=self.config.seed)
+        call = functools.partial(self.calls.run, index)
+        with self._phase("fine-tune", index):
+            errors = finetune_block(block, call, self.calls.inputs, outputs, self.finetune, seed=self.config.seed)
         self.tuned.append(BlockReport(index, *errors, time.perf_counter() - start))
 
-    def _take(self, index: int, target: Target) -> None:
+    def _take(self, target: Target) -> None:
         """Take a finished layer from the work folder."""
         assert self.work is not None
         report, weight = self.work.load_layer(target.fqn, target.module.weight.device)
@@ -237,20 +248,81 @@ class _Run:
         sharing = [layer for layer in linears_of([self.model]) if layer.weight is dense]
         set_quantized(sharing, weight)
         self.layers.append(report)
-        self._tell("quantize", index, report)
+        self._tell(report)
 
-    def _pass(self, phase: Phase, index: int) -> list[Tensor]:
-        self._tell(phase, index)
-        return [self.calls.run(index, hidden) for hidden in self.calls.hidden]
+    def _take_block(self, index: int, block: nn.Module, targets: list[Target]) -> None:
+        """Take a finished block from the work folder."""
+        assert self.work is not None
+        with self._phase("quantize", index):
+            for target in targets:
+                self._take(target)
+            tuned = self.work.load_block(index, block)
+        self.tuned += [] if tuned is None else [BlockReport(**tuned)]
 
-    def _layer_done(self, index: int, report: LayerReport) -> None:
+    def _each_output(self, index: int) -> Iterator[Tensor]:
+        for batch, hidden in enumerate(self.calls.inputs):
+            yield self.calls.run(index, batch, hidden)
+
+    def _outputs(self, index: int) -> Activations:
+        outputs = self.calls.activations()
+        for output in self._each_output(index):
+            outputs.append(output)
+        return outputs
+
+    def _layer_done(self, dense: dict[str, Tensor], report: LayerReport) -> None:
+        weight = self.model.get_submodule(report.fqn).weight
+        assert isinstance(weight, AQLMTensor)
+        calibrated = CalibratedLayer(**asdict(report), weight_error=_weight_error(dense.pop(report.fqn), weight))
         if self.work is not None:
-            weight = self.model.get_submodule(report.fqn).weight
-            assert isinstance(weight, AQLMTensor)
-            self.work.save_layer(report, weight)
-        self.layers.append(report)
-        self._tell("quantize", index, report)
+            self.work.save_layer(calibrated, weight)
+        self.layers.append(calibrated)
+        self._tell(calibrated)
 
-    def _tell(self, phase: Phase, index: int, layer: LayerReport | None = None) -> None:
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase, index: int) -> Iterator[None]:
+        self.now = (phase, index)
+        self._tell()
+        with self.watch.phase(phase):
+            yield
+
+    def _tell(self, layer: LayerReport | None = None) -> None:
         if self.on_progress is not None:
-            self.on_progress(Progress(phase, index, self.blocks, len(self.layers), len(self.targets), layer))
+            phase, index = self.now
+            done = len(self.layers)
+            self.on_progress(Progress(phase, index, len(self.blocks), done, len(self.targets), layer))
+
+    @contextlib.contextmanager
+    def remedies(self, work_dir: str | Path | None) -> Iterator[None]:
+        """Add to an error for want of memory or disk where it came, what is kept, and what to do."""
+        try:
+            yield
+        except (MemoryError, RuntimeError, OSError) as error:
+            remedy = _remedy(error, self.device)
+            if remedy is not None:
+                phase, index = self.now
+                kept = (
+                    f"{len(self.layers)} finished layers are kept in {work_dir}: pass resume=True to go on from there"
+                    if self.work is not None
+                    else "nothing was kept: pass work_dir to keep finished layers"
+                )
+                error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}); {kept}. {remedy}")
+            raise
+
+
+def _remedy(error: Exception, device: torch.device) -> str | None:
+    """What helps against an error for want of memory or disk; None for other errors."""
+    if isinstance(error, OSError):
+        return "Make room on the disk first." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        return None
+    moved = "" if device.type == "cpu" else ', device="cuda" with the model in CPU memory (one block at a time)'
+    return f'To need less memory: keep_inputs="cpu" or "disk", smaller batches, fewer of them{moved}.'
+
+
+def _weight_error(dense: Tensor, weight: AQLMTensor) -> float:
+    """|W - What|^2 / |W|^2, some rows at a time."""
+    error = total = 0.0
+    for ours, theirs in zip(weight.dequantize().split(1024), dense.split(1024), strict=True):
+        error += float((ours.float() - theirs.float()).square().sum(dtype=torch.float64))
+        total += float(theirs.float().square().sum(dtype=torch.float64))
+    return error / total if total else error

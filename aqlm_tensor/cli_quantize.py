@@ -17,12 +17,12 @@ from aqlm_tensor import (
     calibrate,
     quantize_,
 )
-from aqlm_tensor.calibration import Progress
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli_arguments import open_model, read_text, text_tokens
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, usage
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
+from aqlm_tensor.run_report import Progress
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.sequential import find_blocks, in_blocks, sample_windows
 from aqlm_tensor.targets import find_targets

@@ -1,20 +1,15 @@
-"""The blocks of a decoder, and how a model calls them, so that one block at a time can be run on stored inputs.
-
-This needs a model that is a plain sequence of blocks, in which only the hidden state depends on the text.
-"""
+"""The blocks of a model, the order of the layers in a block, and windows of a text."""
 
 import contextlib
-import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["BlockCalls", "dense_weights", "find_blocks", "in_blocks", "linears_of", "members", "sample_windows"]
+__all__ = ["dense_weights", "find_blocks", "in_blocks", "linears_of", "members", "reading_order", "sample_windows"]
 
 
 def sample_windows(tokens: Tensor, nsamples: int, seqlen: int) -> list[Tensor]:
@@ -34,117 +29,42 @@ def sample_windows(tokens: Tensor, nsamples: int, seqlen: int) -> list[Tensor]:
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """A model's decoder blocks: the nn.ModuleList with the most linear layers in it.
+    """A model's repeated blocks, in order.
+
+    These are the members of the nn.ModuleList, nn.ModuleDict or nn.Sequential with the most linear layers in them,
+    where the members are more than linear layers themselves. In a Transformers model of several parts (a vision tower
+    and a language model, an encoder and a decoder) only its decoder is looked at.
 
     Raises:
-        ValueError: if no nn.ModuleList holds a linear layer.
+        ValueError: if there are none.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    most = max(lists, key=lambda blocks: len(linears_of(blocks)), default=nn.ModuleList())
+    most = nn.ModuleList()
+    for module in _decoder(model).modules():
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            continue
+        blocks = [child for child in module.children() if linears_of([child])]
+        repeated = not any(isinstance(block, nn.Linear) for block in blocks)
+        if repeated and len(linears_of(blocks)) > len(linears_of(most)):
+            most = module if isinstance(module, nn.ModuleList) else nn.ModuleList(blocks)
     if not linears_of(most):
         raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers: use quantize_ with prepare and "
-            "convert instead"
+            f"{type(model).__name__} has no nn.ModuleList (nor nn.Sequential) of blocks with nn.Linear layers: use "
+            "quantize_ with prepare and convert instead, or pass the blocks; layers of other types (GPT-2's Conv1D) "
+            "have to become nn.Linear first"
         )
     return most
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """What Transformers calls the decoder of a model, if that has blocks; else the model."""
+    getter = getattr(model, "get_decoder", None)
+    decoder = getter() if callable(getter) else None
+    return decoder if isinstance(decoder, nn.Module) and linears_of([decoder]) else model
 
 
 def in_blocks(model: nn.Module, max_blocks: int | None = None) -> Callable[[nn.Module, str], bool]:
     """A filter_fn that accepts the linear layers of the model's blocks, or of the first `max_blocks`."""
     return members(linears_of(list(find_blocks(model))[:max_blocks]))
-
-
-class _Stop(Exception):  # noqa: N818 - ends a forward pass, nothing is wrong
-    """Raised in a hook once all that is wanted from a pass is known; the output embedding is costly."""
-
-
-class BlockCalls:
-    """How a model calls each block: the hidden states of every batch, and the other arguments, which all batches share.
-
-    Attributes:
-        hidden: the input [B, seqlen, width] of the next block, one per batch.
-    """
-
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
-        self._blocks = blocks
-        self._device = next(model.parameters()).device
-        options = {"use_cache": False} if hasattr(model, "generation_config") else {}
-        self._call = lambda batch: model(batch.to(self._device), **options)
-        self.others = self._whole_pass(batches[0])
-        self.hidden = [self._first_input(batch) for batch in batches]
-
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of a block for a hidden state, whose float dtype the other arguments take on."""
-        cast = functools.partial(_cast, dtype=hidden.dtype)
-        args, kwargs = tree_map_only(Tensor, cast, self.others[index])
-        output = self._blocks[index](hidden, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
-
-    def _whole_pass(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Arguments but the hidden state of each block, from a pass that also checks that one feeds the next."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        previous: list[Any] = []
-
-        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            expected = len(calls) < len(self._blocks) and block is self._blocks[len(calls)]
-            if not (expected and args and (not previous or args[0] is previous[0])):
-                raise ValueError(
-                    f"block {len(calls)} ({type(block).__name__}) is not called in order with the output of the block "
-                    "before it: use quantize_ with prepare and convert instead"
-                )
-            calls.append((args[1:], kwargs))
-
-        def after(_block: nn.Module, _args: Any, output: Any) -> None:
-            previous[:] = [output if isinstance(output, Tensor) else output[0]]
-            if len(calls) == len(self._blocks):
-                raise _Stop
-
-        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self._blocks]
-        handles += [block.register_forward_hook(after) for block in self._blocks]
-        with contextlib.suppress(_Stop):
-            try:
-                self._call(batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return calls
-
-    def _first_input(self, batch: Tensor) -> Tensor:
-        """Input of the first block; the rest of the pass is not run."""
-        seen: list[Tensor] = []
-
-        def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _equal((args[1:], kwargs), self.others[0]):
-                raise ValueError(
-                    "more than the hidden state that enters the first block depends on the text: use quantize_ with "
-                    "prepare and convert instead"
-                )
-            seen.append(args[0])
-            raise _Stop
-
-        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self._call(batch)
-        except _Stop:
-            return seen[0]
-        finally:
-            handle.remove()
-        raise AssertionError("the first block ran in the pass before")
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether nested arguments have equal values; objects that are neither data nor containers count as equal."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return type(one) is type(other) and (not isinstance(one, int | float | str) or one == other)
 
 
 def members(modules: Sequence[nn.Module]) -> Callable[[nn.Module, str], bool]:
@@ -156,6 +76,42 @@ def members(modules: Sequence[nn.Module]) -> Callable[[nn.Module, str], bool]:
 def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     """The linear layers in some modules, in order."""
     return [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def reading_order(block: nn.Module, layers: Sequence[nn.Linear], run: Callable[[], Any]) -> list[list[nn.Linear]]:
+    """Layers of a block in groups that depend on each other in one direction only.
+
+    A group are layers that read the same tensor (q, k and v; gate and up), with their namesakes in other experts; the
+    groups stand in the order in which they are first called. Layers that are not called join their namesakes, or come
+    last.
+
+    Args:
+        block: holds the layers.
+        layers: to be grouped.
+        run: calls the block once.
+    """
+    names = {id(module): re.sub(r"\b\d+\b", "*", name) for name, module in block.named_modules()}
+    seen: list[Tensor] = []  # kept alive, so that no two inputs have one id
+    group_of: dict[str | int, int] = {}  # by name, and by id of the input
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name, x = names[id(layer)], args[0] if args else kwargs["input"]
+        seen.append(x)
+        if name not in group_of:
+            group_of[name] = group_of.get(id(x), len(group_of))
+        group_of.setdefault(id(x), group_of[name])
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = max(group_of.values(), default=0) + 1
+    groups: dict[int, list[nn.Linear]] = {}
+    for layer in layers:
+        groups.setdefault(group_of.get(names[id(layer)], last), []).append(layer)
+    return [groups[number] for number in sorted(groups)]
 
 
 @contextlib.contextmanager

@@ -4,31 +4,32 @@
     layer.<fqn>.safetensors      codes, codebooks and scales as the solver left them, and the layer's report
     block.<index>.safetensors    what fine-tuning changed: codebooks, scales, norms and biases; the block's report
 
-Each file appears complete or not at all.
+Each file appears complete or not at all, on a full disk, too: what was begun of it is removed.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig, config_to_dict
 
 from aqlm_tensor.checkpoint import PARTS
 from aqlm_tensor.checkpoint_io import flush, read_json
-from aqlm_tensor.handler import LayerReport
+from aqlm_tensor.run_report import CalibratedLayer
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["WorkFolder"]
+__all__ = ["WorkFolder", "as_json", "fingerprint"]
 
-_FORMAT = 1
+_FORMAT = 2
 _STATE = "state.json"
 
 
@@ -46,29 +47,31 @@ class WorkFolder:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(entry.suffix != ".partial" for entry in path.iterdir()):
             if not resume:
                 raise FileExistsError(f"{path} holds an earlier run: pass resume=True to go on with it, or delete it")
             if not (path / _STATE).is_file():
                 raise ValueError(f"{path} is no work folder (it has no {_STATE}): choose another one")
         path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob("inputs.*"):  # of a run that was killed
+            shutil.rmtree(left)
 
-    def check_same(self, settings: dict[str, Any], blocks: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+    def check_same(self, settings: dict[str, Any], blocks: Sequence[nn.Module], data: str) -> None:
         """Note what this run is, or check that it is the one that the folder was begun with.
 
         Args:
-            settings: dataclasses by name.
+            settings: JSON-able.
             blocks: the dense blocks.
-            batches: the calibration data.
+            data: fingerprint of the calibration data.
 
         Raises:
             ValueError: naming what differs.
         """
         state = {
             "format": _FORMAT,
-            "settings": {name: _as_json(value) for name, value in settings.items()},
-            "model": _fingerprint([parameter for block in blocks for parameter in block.parameters()]),
-            "data": _fingerprint(batches),
+            "settings": settings,
+            "model": fingerprint([parameter for block in blocks for parameter in block.parameters()]),
+            "data": data,
         }
         file = self.path / _STATE
         if not file.is_file():
@@ -83,19 +86,24 @@ class WorkFolder:
                 "config and batches, or choose another work_dir"
             )
 
+    @property
+    def finished_layers(self) -> int:
+        """How many layers it holds."""
+        return len(list(self.path.glob("layer.*.safetensors")))
+
     def has_layer(self, fqn: str) -> bool:
         """Whether a layer is finished."""
         return self._layer(fqn).is_file()
 
-    def save_layer(self, report: LayerReport, weight: AQLMTensor) -> None:
+    def save_layer(self, report: CalibratedLayer, weight: AQLMTensor) -> None:
         """Keep a finished layer."""
         self._save(self._layer(report.fqn), dict(zip(PARTS, weight.parts(), strict=True)), asdict(report))
 
-    def load_layer(self, fqn: str, device: torch.device) -> tuple[LayerReport, AQLMTensor]:
+    def load_layer(self, fqn: str, device: torch.device) -> tuple[CalibratedLayer, AQLMTensor]:
         """A finished layer."""
         tensors, report = self._load(self._layer(fqn), device)
         report["shape"] = tuple(report["shape"])
-        return LayerReport(**report), AQLMTensor(tensors["codes"], tensors["codebooks"], tensors["scales"])
+        return CalibratedLayer(**report), AQLMTensor(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
     def has_block(self, index: int) -> bool:
         """Whether a block is finished."""
@@ -121,10 +129,8 @@ class WorkFolder:
         return self.path / f"block.{index:05d}.safetensors"
 
     def _save(self, file: Path, tensors: dict[str, Tensor], report: dict[str, Any] | None) -> None:
-        temporary = file.with_suffix(".partial")
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, temporary, metadata={"report": json.dumps(report)})
-        self._into_place(temporary, file)
+        self._write(file, save(own, metadata={"report": json.dumps(report)}))
 
     def _load(self, file: Path, device: torch.device) -> tuple[dict[str, Tensor], Any]:
         with safe_open(file, framework="pt", device=str(device)) as opened:
@@ -133,12 +139,13 @@ class WorkFolder:
 
     def _write(self, file: Path, content: bytes) -> None:
         temporary = file.with_suffix(".partial")
-        temporary.write_bytes(content)
-        self._into_place(temporary, file)
-
-    def _into_place(self, temporary: Path, file: Path) -> None:
-        flush(temporary)
-        os.replace(temporary, file)
+        try:
+            temporary.write_bytes(content)
+            flush(temporary)
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         flush(self.path)
 
 
@@ -153,13 +160,15 @@ def _continuous(block: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A config, dataclass or plain value in JSON's terms."""
     if isinstance(value, AOBaseConfig):
         return config_to_dict(value)
-    return None if value is None else asdict(value)
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(plain, default=str))
 
 
-def _fingerprint(tensors: Sequence[Tensor]) -> str:
+def fingerprint(tensors: Sequence[Tensor]) -> str:
     """A hash of shapes, dtypes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:

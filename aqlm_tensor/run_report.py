@@ -1,0 +1,204 @@
+"""What `calibrate` tells: its progress while it runs, and a report that a person or a program can read afterwards.
+
+The report holds what one needs to trust or repeat a run: the config, a fingerprint of the data, the versions, the
+errors and times of every layer and block, and the memory that it took.
+"""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+
+from aqlm_tensor.api import QuantizationReport
+from aqlm_tensor.handler import LayerReport
+
+__all__ = ["BlockReport", "CalibratedLayer", "CalibrationReport", "Phase", "Progress", "RunRecord", "Stopwatch"]
+
+Phase = Literal["capture", "calibrate", "quantize", "fine-tune", "propagate"]
+_FORMAT = 1
+_PACKAGES = ("aqlm-tensor", "torch", "torchao", "transformers", "numba", "triton")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where `calibrate` is.
+
+    Attributes:
+        phase: "capture" (learning what each block is called with), "calibrate" (collecting X^T X), "quantize",
+            "fine-tune", or "propagate" (computing the next block's input).
+        block: index of the block.
+        blocks: blocks in all.
+        done: layers quantized so far.
+        layers: layers to quantize in all.
+        layer: report of the layer that was just quantized, if one was.
+    """
+
+    phase: Phase
+    block: int
+    blocks: int
+    done: int
+    layers: int
+    layer: LayerReport | None = None
+
+
+@dataclass(frozen=True)
+class CalibratedLayer(LayerReport):
+    """One layer that `calibrate` quantized.
+
+    Attributes:
+        weight_error: |W - What|^2 / |W|^2, whatever the inputs.
+    """
+
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block that was fine-tuned.
+
+    Attributes:
+        block: its index.
+        error_before: mean over held-out tokens of |output - target|^2 / |target|^2 before fine-tuning.
+        error_after: the same after it.
+        seconds: wall time of fine-tuning.
+    """
+
+    block: int
+    error_before: float
+    error_after: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was made from and what it took; everything is JSON-able.
+
+    Attributes:
+        settings: the config and the options of `calibrate`.
+        data: "batches", "tokens", "sha256" of the calibration data, and what the caller noted about its origin.
+        versions: of Python and the packages.
+        machine: "system", "device" (its name) and "threads".
+        resumed: whether layers were taken from a work folder; `seconds` count this run only.
+        seconds: wall time by phase.
+        peak_memory_bytes: "host" is the largest resident size of the process so far, "device" the largest allocation of
+            torch on the GPU since the run began (absent on the CPU).
+    """
+
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    resumed: bool
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CalibrationReport(QuantizationReport):
+    """What `calibrate` did.
+
+    Attributes:
+        blocks: a report for each block that was fine-tuned.
+        run: what the run was made from and what it took.
+    """
+
+    blocks: tuple[BlockReport, ...] = ()
+    run: RunRecord | None = None
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        if self.blocks:
+            before, after = (
+                sum(getattr(block, name) for block in self.blocks) for name in ("error_before", "error_after")
+            )
+            seconds = sum(block.seconds for block in self.blocks)
+            lines.append(
+                f"fine-tuned {len(self.blocks)} blocks, error of their outputs {before / len(self.blocks):.3g} -> "
+                f"{after / len(self.blocks):.3g} on average, in {seconds:.1f} s"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The whole report as one JSON document.
+
+        Its keys are "format_version", "totals" ("layers", "weights", "bits_per_weight", "activation_error" and
+        "weight_error", both weighted by the number of weights, and "layer_seconds"), "layers", "blocks", "skipped" and
+        the fields of `RunRecord`.
+        """
+        return json.dumps(
+            {
+                "format_version": _FORMAT,
+                "totals": self._totals(),
+                "layers": [asdict(layer) for layer in self.layers],
+                "blocks": [asdict(block) for block in self.blocks],
+                "skipped": self.skipped,
+                **({} if self.run is None else asdict(self.run)),
+            },
+            indent=2,
+        )
+
+    def _totals(self) -> dict[str, Any]:
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        weights = sum(sizes)
+
+        def mean(name: str) -> float:
+            return sum(size * getattr(layer, name) for size, layer in zip(sizes, self.layers, strict=True)) / weights
+
+        means = {} if not weights else {"bits_per_weight": mean("bits_per_weight")}
+        if weights:
+            means |= {"activation_error": mean("relative_error"), "weight_error": mean("weight_error")}
+        seconds = sum(layer.seconds for layer in self.layers)
+        return {"layers": len(sizes), "weights": weights, **means, "layer_seconds": seconds}
+
+
+@dataclass
+class Stopwatch:
+    """Wall time and peak memory of a run.
+
+    Args:
+        device: whose peak allocation counts.
+    """
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Count the time inside as this phase's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def record(self, settings: dict[str, Any], data: dict[str, Any], *, resumed: bool) -> RunRecord:
+        """The record of a run that ends now."""
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+        name = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.device)
+            name = torch.cuda.get_device_name(self.device)
+        machine = {"system": platform.platform(), "device": name, "threads": torch.get_num_threads()}
+        return RunRecord(settings, data, _versions(), machine, resumed, dict(self.seconds), peak)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
