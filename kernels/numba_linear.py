@@ -2,7 +2,8 @@
 
 Few rows of x go through tables of partial dot products (numba_lookup) where codes have at most 8 bits and the weight
 enough rows to repay the tables, else they are multiplied with entries as these are gathered (numba_gather); more rows
-go through blocks of the weight decoded into cache (numba_product). `method` chooses from the problem's sizes alone.
+go through blocks of the weight decoded into cache (numba_product). The gradient to x has the first and the last of
+these ways (numba_scatter, numba_product). `method` and `grad_method` choose from the problem's sizes alone.
 
 What it costs: the first call of each kind in a process loads a compiled function from Numba's cache on disk
 (milliseconds; `__pycache__` of this package, or the user's cache directory where that is read-only); the first ever on
@@ -24,12 +25,15 @@ from aqlm_tensor.kernels.numba_gather import TOKENS, gather_linear
 from aqlm_tensor.kernels.numba_lookup import PERMUTE_TOKENS, lookup_linear
 from aqlm_tensor.kernels.numba_parallel import as_float32
 from aqlm_tensor.kernels.numba_product import product, product_input_grad
+from aqlm_tensor.kernels.numba_scatter import LANES as SCATTER_LANES
+from aqlm_tensor.kernels.numba_scatter import scatter_input_grad
 from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["dequantize", "invalidate", "linear", "linear_input_grad", "method", "supports"]
+__all__ = ["dequantize", "grad_method", "invalidate", "linear", "linear_input_grad", "method", "supports"]
 
 Method = Literal["lookup", "gather", "product"]
+GradMethod = Literal["scatter", "product"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEQUANTIZE_ELEMENTS = 1 << 22  # decoded at a time where the result is not float32: 16 MB
@@ -65,7 +69,11 @@ def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Te
     """Grad [M, O] times the weight: [M, I] in grad's dtype, accumulated in float32."""
     if grad.shape[0] == 0 or codes.numel() == 0:
         return grad.new_zeros(grad.shape[0], codes.shape[1] * codebooks.shape[-1])
-    return product_input_grad(grad, Weight.of(codes, codebooks, scales)).to(grad.dtype).contiguous()
+    if grad_method(grad.shape[0], codes.shape, codebooks.shape) == "scatter" and codebooks.isfinite().all():
+        x_grad = scatter_input_grad(grad, codes, partitioned(codebooks), scales)
+    else:
+        x_grad = product_input_grad(grad, Weight.of(codes, codebooks, scales))
+    return x_grad.to(grad.dtype).contiguous()
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -84,10 +92,8 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> Method:
     """The way that is expected to be fastest for so many rows of x."""
-    partitions, num_codebooks, size, out_group, group = (1, *books_shape)[-5:]
-    codes = codes_shape[0] * out_group * codes_shape[1] * num_codebooks  # to be looked up
-    weights = codes // num_codebooks * group
-    table = codes_shape[1] * num_codebooks * out_group * partitions * size * group
+    num_codebooks, size, _, group = books_shape[-4:]
+    codes, table = _lookups(codes_shape, books_shape)
     gather = _GATHER_LARGE if num_codebooks * size * group > LARGE_BOOKS else _GATHER
 
     def by_gather(tokens: int) -> float:
@@ -99,14 +105,43 @@ def method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]
         per_lookup, per_product = lookup_costs[tokens]
         return per_lookup * codes + per_product * table
 
-    decode = _DECODE_COST * (1 + num_codebooks / 2) / min(group, 8)
     costs: dict[Method, float] = {
         "gather": _swept(rows, TOKENS, by_gather),
-        "product": weights * (decode + _PRODUCT_COST * (-(-rows // 6) * 6)),
+        "product": _product_cost(rows, codes_shape, books_shape),
     }
     if size <= 256:
         costs["lookup"] = _LOOKUP_CALL + _swept(rows, tuple(sorted(lookup_costs)), by_lookup)
     return min(costs, key=costs.__getitem__)
+
+
+@functools.lru_cache(maxsize=1024)
+def grad_method(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> GradMethod:
+    """The way that is expected to be fastest for so many rows of the gradient."""
+    if books_shape[-3] > 256:
+        return "product"
+    codes, table = _lookups(codes_shape, books_shape)
+
+    def by_scatter(tokens: int) -> float:
+        per_lookup, per_product = _SCATTER_COSTS[tokens]
+        return per_lookup * codes + per_product * table
+
+    cost = _LOOKUP_CALL + _swept(rows, SCATTER_LANES, by_scatter)
+    return "scatter" if cost < _product_cost(rows, codes_shape, books_shape) else "product"
+
+
+def _lookups(codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many codes there are to look up, and how many multiplications in all tables of partial products."""
+    partitions, num_codebooks, size, out_group, group = (1, *books_shape)[-5:]
+    columns = codes_shape[1] * num_codebooks * out_group
+    return codes_shape[0] * columns, columns * partitions * size * group
+
+
+def _product_cost(rows: int, codes_shape: tuple[int, ...], books_shape: tuple[int, ...]) -> float:
+    """The cost of decoding the weight and multiplying it."""
+    num_codebooks, _, out_group, group = books_shape[-4:]
+    weights = codes_shape[0] * out_group * codes_shape[1] * group
+    decode = _DECODE_COST * (1 + num_codebooks / 2) / min(group, 8)
+    return weights * (decode + _PRODUCT_COST * (-(-rows // 6) * 6))
 
 
 def _swept(rows: int, widths: tuple[int, ...], cost: Callable[[int], float]) -> float:
@@ -127,6 +162,7 @@ _LOOKUP_COSTS = {  # lanes: per lookup, per entry and input of a table
     16: (0.70, 0.28),
 }
 _PERMUTE_COSTS = {tokens: (0.11 * tokens, 0.06 * tokens) for tokens in range(1, PERMUTE_TOKENS + 1)}
+_SCATTER_COSTS = {1: (0.25, 0.06), 4: (0.5, 0.2), 8: (0.55, 0.22), 16: (1.25, 0.28)}  # lanes: as for lookups
 _GATHER = 0.3  # per code and 8 floats
 _GATHER_LARGE = 1.0  # the same from books that the second-level cache does not hold
 _DECODE_COST = 1.1  # per group of at most 8, half of it again for each codebook
