@@ -31,6 +31,7 @@ from aqlm_tensor.integrations.peft_layers import (
     keep_initial_adapter,
     put_weight,
 )
+from aqlm_tensor.integrations.wrapping import wrap_once
 from aqlm_tensor.tensor import AQLMTensor
 
 __all__ = ["merge_and_requantize", "register"]
@@ -51,12 +52,9 @@ def register() -> None:
     AQLMTensor are not touched. SHiRA makes one layer at a time dense in every forward pass, as PEFT adds to the
     weight there; the others run on the codes. Methods that cannot work raise an error when the adapter is created.
     """
-    if hasattr(BaseTuner.inject_adapter, "__wrapped__"):
-        return
-    BaseTuner.inject_adapter = _injecting(BaseTuner.inject_adapter)
-    preparing = _preparing(peft.prepare_model_for_kbit_training)
+    wrap_once(BaseTuner, "inject_adapter", _injecting)
     for module in (peft, peft.utils, peft.utils.other):
-        vars(module)["prepare_model_for_kbit_training"] = preparing
+        wrap_once(module, "prepare_model_for_kbit_training", _preparing)
 
 
 def merge_and_requantize(
@@ -111,7 +109,6 @@ def merge_and_requantize(
 def _injecting(inject: Callable) -> Callable:
     """BaseTuner.inject_adapter, in which each layer with an AQLM weight is handled by `_create`."""
 
-    @functools.wraps(inject)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_method(self.peft_config[adapter_name], model)
         create = self._create_and_replace
@@ -208,7 +205,6 @@ def _preparing(prepare: Callable) -> Callable:
     It would cast their weights to float32 and leave gradient checkpointing off.
     """
 
-    @functools.wraps(prepare)
     def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
         unmarked = getattr(model, "quantization_method", None) is None
         if not unmarked or not any(isinstance(parameter, AQLMTensor) for parameter in model.parameters()):

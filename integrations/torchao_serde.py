@@ -6,7 +6,6 @@ checkpoint format, which `as_aqlm` makes `save_pretrained` write.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from torchao.utils import TorchAOBaseTensor
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from aqlm_tensor.integrations.hf_quantizer import attach
+from aqlm_tensor.integrations.wrapping import wrap_once
 from aqlm_tensor.tensor import AQLMTensor
 
 __all__ = ["as_aqlm", "register"]
@@ -21,9 +21,7 @@ __all__ = ["as_aqlm", "register"]
 
 def register() -> None:
     """Make Transformers refuse to save AQLM weights as torchao's; doing it again changes nothing."""
-    original = TorchAoHfQuantizer.get_state_dict_and_metadata
-    if not hasattr(original, "__wrapped__"):
-        TorchAoHfQuantizer.get_state_dict_and_metadata = _refusing(original)
+    wrap_once(TorchAoHfQuantizer, "get_state_dict_and_metadata", _refusing)
 
 
 def as_aqlm(model: Any) -> Any:
@@ -56,7 +54,6 @@ def as_aqlm(model: Any) -> Any:
 
 
 def _refusing(method: Callable) -> Callable:
-    @wraps(method)
     def get_state_dict_and_metadata(self: TorchAoHfQuantizer, model: PreTrainedModel) -> Any:
         if any(isinstance(parameter, AQLMTensor) for parameter in model.parameters()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Functions run by two processes that can talk to each other (gloo, on the CPU), as tests of what is distributed."""
+"""Functions run by two processes that can talk to each other, on the CPU or a GPU each: what is distributed."""
 
 import datetime as dt
 import importlib
@@ -10,23 +10,41 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-__all__ = ["PASSED", "run"]
+__all__ = ["PASSED", "device", "each_device", "run"]
 
 ROOT = Path(__file__).parents[1]
 PASSED = ["passed", "passed"]
 
+# for a fixture that runs the ranks: `@pytest.fixture(scope="module", params=ranks.each_device)`
+each_device = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")],
+    ),
+]
 
-def run(cases: Sequence[Callable[[int, Path], None]], folder: Path, timeout: float = 240) -> dict[str, list[str]]:
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", dist.get_rank())
+
+
+def run(
+    cases: Sequence[Callable[[int, Path], None]], folder: Path, timeout: float = 240, device: str = "cpu"
+) -> dict[str, list[str]]:
     """Run functions of one module one after another, each on both ranks.
 
     Args:
         cases: module-level functions; they get the rank, and a folder that both ranks share.
         folder: an empty one.
         timeout: in seconds, for all of them.
+        device: "cpu" (by gloo) or "cuda" (by NCCL, each rank on a GPU of its own, which is its current one).
 
     Returns:
         For each function's name what became of it on each rank: "passed", or the traceback.
@@ -35,23 +53,30 @@ def run(cases: Sequence[Callable[[int, Path], None]], folder: Path, timeout: flo
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    arguments = [cases[0].__module__, str(folder), *(case.__name__ for case in cases)]
+    arguments = [cases[0].__module__, str(folder), device, *(case.__name__ for case in cases)]
     command = [sys.executable, "-P", "-W", "ignore", "-c", program, *arguments]
     subprocess.run(command, env=environment, check=True, timeout=timeout)
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return {case.__name__: [report.get(case.__name__, "not run") for report in reports] for case in cases}
 
 
-def main(module: str, folder: str, *cases: str) -> None:
-    """The process that imports everything once and becomes two."""
+def main(module: str, folder: str, device: str, *cases: str) -> None:
+    """The process that imports everything once and becomes two; CUDA survives no fork, so there it starts two."""
     importlib.import_module(module)
-    start_processes(_rank, (module, Path(folder), cases), nprocs=2, start_method="fork")
+    method = "spawn" if device == "cuda" else "fork"
+    start_processes(_rank, (module, Path(folder), device, cases), nprocs=2, start_method=method)
 
 
-def _rank(rank: int, module: str, folder: Path, cases: Sequence[str]) -> None:
+def _rank(rank: int, module: str, folder: Path, device: str, cases: Sequence[str]) -> None:
+    importlib.import_module(module)
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=30)
+        backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=dt.timedelta(seconds=30)
     )
     outcomes: dict[str, str] = {}
     for name in cases:

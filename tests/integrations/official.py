@@ -165,5 +165,7 @@ def logits_of(model: Any, tokens: Tensor | None = None) -> Tensor:
     if model.config.model_type == "llava" and tokens is None:
         inputs["input_ids"][:, 1:5] = model.config.image_token_id
         inputs["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16).to(model.dtype)
+    if model.device.type != "meta":  # it is offloaded, and its hooks move inputs
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
     with torch.no_grad():
         return model(**inputs).logits

@@ -22,7 +22,7 @@ def parallel(folder: Path, plan: Any = "auto") -> Any:
 
 
 def whole(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(ranks.device())
 
 
 def checkpoint(rank: int, folder: Path, family: str, scheme: str) -> Path:
@@ -43,7 +43,7 @@ def check_family(rank: int, folder: Path, family: str, scheme: str = "2x4g8") ->
     assert torch.equal(up.dequantize(), alone.model.layers[0].mlp.up_proj.weight.dequantize().chunk(2)[rank])
     assert torch.equal(down.dequantize(), alone.model.layers[0].mlp.down_proj.weight.dequantize().chunk(2, 1)[rank])
     torch.testing.assert_close(logits_of(model), logits_of(alone), rtol=1e-4, atol=1e-5)
-    tokens = torch.arange(3, 17).view(2, 7)
+    tokens = torch.arange(3, 17).view(2, 7).to(ranks.device())
     assert torch.equal(model.generate(tokens, max_new_tokens=4), alone.generate(tokens, max_new_tokens=4))
     model.save_pretrained(folder / "saved")
     torch.distributed.barrier()
@@ -70,8 +70,9 @@ def qwen2(rank: int, folder: Path) -> None:
 def input_gradients(rank: int, folder: Path) -> None:
     source = checkpoint(rank, folder, "llama", "2x4g8")
     gradients = []
-    for model in (parallel(source), AutoModelForCausalLM.from_pretrained(source)):
-        embeddings = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for model in (parallel(source), whole(source)):
+        embeddings = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).to(ranks.device())
+        embeddings.requires_grad_()
         model(inputs_embeds=embeddings).logits.square().sum().backward()
         gradients.append(embeddings.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
@@ -90,9 +91,9 @@ def refusals(rank: int, folder: Path) -> None:
 CASES = (llama, qwen2, input_gradients, refusals)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=ranks.each_device)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"), device=request.param)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -6,90 +6,40 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aqlm_tensor import AQLMTensor
 from aqlm_tensor.fusion import fuse_
-from aqlm_tensor.integrations import peft_lora  # noqa: F401 - registers
 from aqlm_tensor.linear import set_quantized
 from tests import ranks
+from tests.lora_on_ranks import assert_trains_as_in_one_process, lora_model, tokens
 
 from .weights import as_aqlm, random_weight, weight_of
 
-TOKENS = (torch.arange(64).view(4, 16) * 7) % 64
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(ranks.device())
 
 
-def lora_model(seed: int = 0) -> Any:
-    """A tiny Llama with random AQLM weights and LoRA adapters that are not zero."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    linears = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
-    for index, layer in enumerate(linears):
-        w = random_weight("2x4g8", layer.out_features, layer.in_features, seed=seed + index)
-        set_quantized([layer], AQLMTensor(w.codes, w.codebooks * 0.05, w.scales))
-    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"])
-    return get_peft_model(model, config)
+def mesh(*shape: int) -> DeviceMesh:
+    return init_device_mesh(ranks.device().type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def sharded(module: nn.Module, **options: Any) -> Any:
-    return fully_shard(module, **options)
+    return fully_shard(module, **{"mesh": mesh(2), **options})
 
 
 def shard(model: Any, **options: Any) -> Any:
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def two_steps(model: Any, tokens: Tensor) -> tuple[list[float], list[dict[str, Tensor]]]:
-    """Loss and gradients of two steps of SGD."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-    losses, gradients = [], []
-    for _ in range(2):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        full = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in trained.items()}
-        gradients.append({n.removeprefix("module."): g.clone() for n, g in full.items()})
-        losses.append(mean_of_ranks(loss.detach()) if tokens.shape != TOKENS.shape else loss.item())
-        optimizer.step()
-    return losses, gradients
-
-
-def mean_of_ranks(value: Tensor) -> float:
-    total = value.clone()
-    torch.distributed.all_reduce(total)
-    return total.item() / 2
-
-
-def assert_trains_as_in_one_process(model: Any, rank: int) -> None:
-    """Each rank sees half of the batch, and FSDP2 and DDP average the gradients."""
-    losses, gradients = two_steps(model, TOKENS.chunk(2)[rank])
-    expected_losses, expected = two_steps(lora_model(), TOKENS)
-    assert losses == pytest.approx(expected_losses, rel=1e-6)
-    assert len(expected[0]) == 12
-    for step in range(2):
-        assert gradients[step].keys() == expected[step].keys()
-        for name, gradient in gradients[step].items():
-            torch.testing.assert_close(gradient, expected[step][name], rtol=1e-4, atol=1e-6, msg=name)
+        sharded(layer, **options)
+    return sharded(model, **options)
 
 
 def assert_sharded_codes(model: Any) -> None:
@@ -109,7 +59,7 @@ def assert_sharded_codes(model: Any) -> None:
 
 def assert_same(weight: object, expected: object) -> None:
     pairs = zip(as_aqlm(weight).parts(), as_aqlm(expected).parts(), strict=True)
-    assert all(torch.equal(part, other) for part, other in pairs)
+    assert all(torch.equal(part.cpu(), other.cpu()) for part, other in pairs)
 
 
 def resharded(rank: int, folder: Path) -> None:
@@ -138,11 +88,11 @@ def half_precision(rank: int, folder: Path) -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.register_forward_pre_hook(lambda module, args: seen.append((weight_of(module).dtype, args[0].dtype)))
     shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    output = model(input_ids=TOKENS, labels=TOKENS)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    output = model(input_ids=tokens(), labels=tokens())
     output.loss.backward()
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    expected = lora_model().bfloat16()(input_ids=TOKENS, labels=TOKENS)
+    expected = lora_model().bfloat16()(input_ids=tokens(), labels=tokens())
     torch.testing.assert_close(output.logits, expected.logits, rtol=2**-6, atol=2**-6)
     assert_sharded_codes(model)
 
@@ -155,17 +105,17 @@ def full_state_dicts(rank: int, folder: Path) -> None:
         torch.save(state, folder / "model.pt")
         loaded = lora_model(seed=50)
         loaded.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-        assert torch.equal(loaded(TOKENS).logits, lora_model()(TOKENS).logits)
+        assert torch.equal(loaded(tokens()).logits, lora_model()(tokens()).logits)
 
 
 def sharded_checkpoints(rank: int, folder: Path) -> None:
     state_dict_saver.save(get_model_state_dict(shard(lora_model())), checkpoint_id=folder / "checkpoint")
     other = shard(lora_model(seed=50))
-    before = other(TOKENS).logits
+    before = other(tokens()).logits
     state = get_model_state_dict(other)
     state_dict_loader.load(state, checkpoint_id=folder / "checkpoint")
     set_model_state_dict(other, state)
-    after, expected = other(TOKENS).logits, lora_model()(TOKENS).logits
+    after, expected = other(tokens()).logits, lora_model()(tokens()).logits
     assert not torch.equal(before, expected)
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)  # which stale codes would not give
     assert_sharded_codes(other)
@@ -182,33 +132,37 @@ class Experts(nn.Module):
         return torch.bmm(x, self.weight.transpose(1, 2)) + self.bias
 
 
+def experts_module() -> Any:
+    return Experts().to(ranks.device())
+
+
 def experts(rank: int, folder: Path) -> None:
     """A stack is sharded by expert, codebooks and partitions included."""
-    x = torch.randn(4, 3, 64)
-    expected = Experts()(x)
-    model = sharded(Experts())
+    x = rows(4, 3, 64)
+    expected = experts_module()(x)
+    model = sharded(experts_module())
     for _ in range(2):
         output = model(x)
         output.sum().backward()
         torch.testing.assert_close(output, expected)
     local = as_aqlm(model.weight.to_local())
     assert local.codebooks.shape == (2, 2, 2, 16, 1, 8)
-    assert_same(model.weight.full_tensor(), Experts().weight)
+    assert_same(model.weight.full_tensor(), experts_module().weight)
 
 
 def quantized(weight: AQLMTensor) -> Any:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     set_quantized([layer], weight)
-    return layer
+    return layer.to(ranks.device())
 
 
 def new_codes_are_used(rank: int, folder: Path) -> None:
     """Kernels that keep repacked codes notice that FSDP2 gathered others into the same memory."""
-    x = torch.randn(8, 1024)
+    x = rows(8, 1024)
     for scheme in ("2x8g8", "1x12g8"):
         layer = sharded(quantized(random_weight(scheme, 1024, 1024)), reshard_after_forward=True)
         for seed in (0, 1, 2):
-            new = random_weight(scheme, 1024, 1024, seed=seed)
+            new: Any = random_weight(scheme, 1024, 1024, seed=seed).to(ranks.device())
             as_aqlm(layer.weight.to_local()).copy_(new.chunk(2)[rank])
             with torch.no_grad():
                 torch.testing.assert_close(layer(x), F.linear(x, new))
@@ -217,11 +171,11 @@ def new_codes_are_used(rank: int, folder: Path) -> None:
 
 def one_rank(rank: int, folder: Path) -> None:
     """FSDP2 on a mesh of one takes another way."""
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))["shard"]
-    x, w = torch.randn(4, 64), random_weight(partitions=2)
-    for module, weight in ((quantized(w), w), (Experts(), Experts().weight)):
+    of_one = mesh(2, 1)["shard"]
+    x, w = rows(4, 64), as_aqlm(random_weight(partitions=2).to(ranks.device()))
+    for module, weight in ((quantized(w), w), (experts_module(), experts_module().weight)):
         expected = module(x) if weight is w else module(x.expand(4, 4, 64))
-        module: Any = sharded(module, mesh=mesh, reshard_after_forward=True)
+        module: Any = sharded(module, mesh=of_one, reshard_after_forward=True)
         for _ in range(2):
             assert torch.equal(module(x) if weight is w else module(x.expand(4, 4, 64)), expected)
         assert_same(module.weight.full_tensor(), weight)
@@ -229,8 +183,7 @@ def one_rank(rank: int, folder: Path) -> None:
 
 def hybrid(rank: int, folder: Path) -> None:
     """Replicated over one dimension of the mesh, here with shards over the other."""
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
-    model = shard(lora_model(), mesh=mesh)
+    model = shard(lora_model(), mesh=mesh(1, 2))
     assert_trains_as_in_one_process(model, rank)
 
 
@@ -244,14 +197,14 @@ def refusals(rank: int, folder: Path) -> None:
         sharded(quantized(fused))
     by_column = sharded(quantized(random_weight()), shard_placement_fn=lambda parameter: Shard(1))
     with pytest.raises(ValueError, match=r"only be sharded along dimension 0"):
-        by_column(torch.randn(2, 64))
+        by_column(rows(2, 64))
 
 
 def kept_whole(rank: int, folder: Path) -> None:
     """The remedy that an uneven weight's error names."""
     layer = quantized(random_weight(out_features=33))
-    layer.bias = nn.Parameter(torch.zeros(33))
-    x = torch.randn(2, 64)
+    layer.bias = nn.Parameter(torch.zeros(33, device=ranks.device()))
+    x = rows(2, 64)
     expected = layer(x)
     sharded(layer, ignored_params={layer.weight})
     assert torch.equal(layer(x), expected)
@@ -259,10 +212,10 @@ def kept_whole(rank: int, folder: Path) -> None:
 
 def layers_that_run_as_one(rank: int, folder: Path) -> None:
     """`fuse_` is for inference; sharded, its layers run one by one."""
-    model, expected = lora_model(), lora_model()(TOKENS).logits
+    model, expected = lora_model(), lora_model()(tokens()).logits
     fuse_(model)
     assert_trains_as_in_one_process(shard(model), rank)
-    torch.testing.assert_close(shard(lora_model())(TOKENS).logits, expected)
+    torch.testing.assert_close(shard(lora_model())(tokens()).logits, expected)
 
 
 def data_parallel(rank: int, folder: Path) -> None:
@@ -270,7 +223,7 @@ def data_parallel(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="_set_params_and_buffers_to_ignore_for_model"):
         DistributedDataParallel(model)
     alone = quantized(random_weight())
-    alone.bias = nn.Parameter(torch.zeros(32))
+    alone.bias = nn.Parameter(torch.zeros(32, device=ranks.device()))
     with pytest.raises(ValueError, match="_set_params_and_buffers_to_ignore_for_model"):
         DistributedDataParallel(copy.deepcopy(alone))
     names = [name for name, p in model.named_parameters() if isinstance(p, AQLMTensor)]
@@ -296,9 +249,9 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=ranks.each_device)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"), device=request.param)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
