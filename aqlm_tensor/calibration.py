@@ -14,13 +14,15 @@ import contextlib
 import errno
 import functools
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchao.quantization import FqnToConfig
 
 from aqlm_tensor.activations import PLACES, Activations, Place
 from aqlm_tensor.api import quantize_
@@ -42,7 +44,7 @@ __all__ = ["calibrate"]
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    config: AQLMWeightConfig,
+    config: AQLMWeightConfig | FqnToConfig,
     batches: Sequence[Batch],
     *,
     blocks: Iterable[nn.Module] | None = None,
@@ -63,7 +65,7 @@ def calibrate(
     Args:
         model: a decoder or encoder that is a plain sequence of blocks; only the hidden state may depend on what earlier
             blocks compute.
-        config: what to do with each layer; its `step` is ignored.
+        config: what to do with each layer, or torchao's FqnToConfig for a scheme per layer; `step` is ignored.
         batches: each a tensor (token ids [B, seqlen], say), called as model(batch), or a mapping of keywords, called as
             model(**batch). Shapes may differ. Padded positions count like others: rather cut texts than pad them.
         blocks: the blocks to quantize, in the order in which the model calls them; by default those of `find_blocks`.
@@ -78,7 +80,7 @@ def calibrate(
             temporary files).
         work_dir: keep finished layers and blocks in this folder.
         resume: go on with what `work_dir` holds; the model must be the dense one again, and everything else the same.
-        data_origin: JSON-able notes on where the batches come from, for the report.
+        data_origin: JSON-able notes on where the batches come from, for the report ("data", "origin").
         on_progress: called at each change of phase and after each layer.
         after_block: called with the number of blocks quantized so far, when the model may be run (to evaluate it, say).
 
@@ -99,15 +101,15 @@ def calibrate(
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     chosen = list(find_blocks(model) if blocks is None else blocks)
-    config = replace(config, step="prepare")
-    targets, skipped = find_targets(model, config, members(linears_of(chosen)))
+    config, targets, skipped = _to_prepare(model, config, chosen)
     settings = {"config": config, "finetune": finetune, "true_sequential": true_sequential}
     settings = {name: as_json(value) for name, value in settings.items()}
     tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
-    data = {"batches": len(batches), "tokens": _tokens(batches), "sha256": fingerprint(tensors), **(data_origin or {})}
+    data: dict[str, Any] = {"batches": len(batches), "tokens": _tokens(batches), "sha256": fingerprint(tensors)}
+    data["origin"] = None if data_origin is None else dict(data_origin)
     where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
     watch = Stopwatch(where)
-    run = _Run(model, config, finetune, true_sequential, chosen, targets, where, keep_inputs, watch, on_progress)
+    run = _Run(model, finetune, true_sequential, chosen, targets, where, keep_inputs, watch, on_progress)
     training = model.training
     model.eval()
     try:
@@ -125,6 +127,31 @@ def calibrate(
         model.train(training)
     record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=resumed)
     return CalibrationReport(tuple(run.layers), (), skipped, tuple(run.tuned), record)
+
+
+def _to_prepare(
+    model: nn.Module, config: AQLMWeightConfig | FqnToConfig, blocks: Sequence[nn.Module]
+) -> tuple[AQLMWeightConfig | FqnToConfig, list[Target], dict[str, str]]:
+    """The config at step "prepare", the layers of the blocks that it applies to, and why not to the others."""
+    inside = members(linears_of(blocks))
+    if isinstance(config, AQLMWeightConfig):
+        config = replace(config, step="prepare")
+        return config, *find_targets(model, config, inside)
+    at_step = {
+        key: replace(one, step="prepare") if isinstance(one, AQLMWeightConfig) else one
+        for key, one in config.fqn_to_config.items()
+    }
+    config = FqnToConfig(OrderedDict(at_step))
+    found, skipped = find_targets(model, config, None)
+    targets = [target for target in found if inside(target.module, target.fqn)]
+    outside = [target.fqn for target in found if not inside(target.module, target.fqn)]
+    if not targets:
+        raise ValueError(f"no layer that config names is in the blocks: it names {', '.join(list(at_step)[:5])}")
+    return config, targets, skipped | dict.fromkeys(outside, "it is in none of the blocks")
+
+
+def _at_step(step: Literal["prepare", "convert"], targets: Sequence[Target]) -> FqnToConfig:
+    return FqnToConfig(OrderedDict((target.fqn, replace(target.config, step=step)) for target in targets))
 
 
 def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None) -> None:
@@ -151,7 +178,6 @@ class _Run:
     """One call of `calibrate`, block by block."""
 
     model: nn.Module
-    config: AQLMWeightConfig
     finetune: FinetuneConfig | None
     true_sequential: bool
     blocks: list[nn.Module]
@@ -197,7 +223,7 @@ class _Run:
         try:
             for number, group in enumerate(self._groups(index, block, targets)):
                 wanted = number == 0 and self.finetune is not None
-                quantize_(self.model, self.config, members([target.module for target in group]))
+                quantize_(self.model, _at_step("prepare", group))
                 with dense_weights(block), self._phase("calibrate", index):
                     if wanted:
                         outputs = self._outputs(index)
@@ -216,11 +242,11 @@ class _Run:
             if self.work is not None and self.work.has_layer(target.fqn):
                 self._take(target)
                 detach_observers([target.module])
-        dense = {target.fqn: target.module for target in targets if not isinstance(target.module.weight, AQLMTensor)}
-        weights = {fqn: layer.weight for fqn, layer in dense.items()}
+        dense = [target for target in targets if not isinstance(target.module.weight, AQLMTensor)]
+        weights = {target.fqn: target.module.weight for target in dense}
         done = functools.partial(self._layer_done, weights)
         if dense:
-            quantize_(self.model, replace(self.config, step="convert"), members(list(dense.values())), on_layer=done)
+            quantize_(self.model, _at_step("convert", dense), on_layer=done)
 
     def _groups(self, index: int, block: nn.Module, targets: list[Target]) -> list[list[Target]]:
         """The layers of a block in the groups in which they are calibrated."""
@@ -237,7 +263,9 @@ class _Run:
         start = time.perf_counter()
         call = functools.partial(self.calls.run, index)
         with self._phase("fine-tune", index):
-            errors = finetune_block(block, call, self.calls.inputs, outputs, self.finetune, seed=self.config.seed)
+            errors = finetune_block(
+                block, call, self.calls.inputs, outputs, self.finetune, seed=self.targets[0].config.seed
+            )
         self.tuned.append(BlockReport(index, *errors, time.perf_counter() - start))
 
     def _take(self, target: Target) -> None:
@@ -301,7 +329,8 @@ class _Run:
             if remedy is not None:
                 phase, index = self.now
                 kept = (
-                    f"{len(self.layers)} finished layers are kept in {work_dir}: pass resume=True to go on from there"
+                    f"{len(self.layers)} finished layers are kept in {work_dir}: go on from there with resume=True "
+                    "(--resume)"
                     if self.work is not None
                     else "nothing was kept: pass work_dir to keep finished layers"
                 )
@@ -315,8 +344,8 @@ def _remedy(error: Exception, device: torch.device) -> str | None:
         return "Make room on the disk first." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
     if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
         return None
-    moved = "" if device.type == "cpu" else ', device="cuda" with the model in CPU memory (one block at a time)'
-    return f'To need less memory: keep_inputs="cpu" or "disk", smaller batches, fewer of them{moved}.'
+    moved = "" if device.type == "cpu" else ", a model in CPU memory with device=... (one block at a time on the GPU)"
+    return f'To need less memory: keep_inputs="cpu" or "disk" (--keep-inputs), smaller or fewer batches{moved}.'
 
 
 def _weight_error(dense: Tensor, weight: AQLMTensor) -> float:
