@@ -52,10 +52,21 @@ def quantize(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Tune each block's codebooks, scales and norms against the dense block.")
     ] = False,
+    blockwise: Annotated[
+        bool,
+        typer.Option(help="Calibrate each block on what the quantized ones before it put out, or all on dense inputs."),
+    ] = True,
+    true_sequential: Annotated[
+        bool, typer.Option("--true-sequential", help="Within a block, too: q, k, v; then o; then gate, up; then down.")
+    ] = False,
+    keep_inputs: Annotated[
+        str, typer.Option(help="Where inputs of blocks wait: device, cpu or disk. Saves memory, costs time.")
+    ] = "device",
     work_dir: Annotated[
-        Path | None, typer.Option(help="Keep finished layers here, so that a run that was killed can be resumed.")
+        Path | None,
+        typer.Option(help="Keep finished layers here, so that the run can be resumed.", show_default="OUT.work"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --work-dir holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an earlier run of the same command.")] = False,
     dtype: Annotated[
         str, typer.Option(help="Of the model while it is quantized and of what is stored: auto, float32, ...")
     ] = "auto",
@@ -63,7 +74,11 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize the linear layers of a model's blocks and save a folder that Transformers can load."""
+    """Quantize the linear layers of a model's blocks and save a folder that Transformers can load.
+
+    With --data finished layers are kept beside OUT until the end: after Ctrl-C, a crash or a full disk the same command
+    with --resume goes on to the same result. OUT holds a report, quantization_report.json.
+    """
     with failures():
         from aqlm_tensor import cli_quantize
 
@@ -77,6 +92,9 @@ def quantize(
             seqlen=seqlen,
             seed=seed,
             finetune=finetune,
+            blockwise=blockwise,
+            true_sequential=true_sequential,
+            keep_inputs=keep_inputs,
             work_dir=work_dir,
             resume=resume,
             dtype=dtype,

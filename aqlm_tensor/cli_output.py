@@ -61,18 +61,26 @@ def failures() -> Iterator[None]:
     _quiet_libraries()
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         stderr.print("[red]interrupted:[/] no output was written")
+        _remarks(error)
         raise typer.Exit(130) from None
     except _FAILURES as error:
         if settings.debug:
             traceback.print_exc()
         stderr.print(Text("error: ", style="bold red").append(_message(error), style="red"))
+        _remarks(error)
         if isinstance(error, UsageError):
             raise typer.Exit(2) from None
         if not settings.debug:
             note("`aqlm-tensor --debug COMMAND ...` shows where it came from")
         raise typer.Exit(1) from None
+
+
+def _remarks(error: BaseException) -> None:
+    """What was added to an error on its way up: where it happened, and what to do."""
+    for remark in getattr(error, "__notes__", []):
+        note(remark, style="yellow")
 
 
 def _message(error: BaseException) -> str:
@@ -133,7 +141,7 @@ class _Lines:
         self.start = self.last = time.monotonic()
         note(f"{title}: {total} {unit}")
 
-    def update(self, done: int, detail: str = "") -> None:
+    def update(self, done: int, detail: str = "", outer: int = 0) -> None:  # noqa: ARG002 - the detail names it
         """Say how far it is, if the last line was long ago or this is the end."""
         now = time.monotonic()
         if done == 0 or (done < self.total and now - self.last < _SECONDS_BETWEEN_LINES):
@@ -145,20 +153,32 @@ class _Lines:
 
 
 class _Bar:
-    """A rich progress bar with a detail text."""
+    """A rich progress bar with a detail text, and one above it if it is part of something."""
 
-    def __init__(self, progress: Progress, title: str, total: int, unit: str) -> None:
+    def __init__(self, progress: Progress, title: str, total: int, unit: str, outer: tuple[str, int] | None) -> None:
         self.progress, self.title = progress, title
+        self.outer = None
+        if outer is not None:
+            self.outer = progress.add_task(outer[0], total=outer[1], unit=outer[0], detail="")
         self.task = progress.add_task(title, total=total, unit=unit, detail="")
 
-    def update(self, done: int, detail: str = "") -> None:
-        """Show how far it is."""
+    def update(self, done: int, detail: str = "", outer: int = 0) -> None:
+        """Show how far it is, and the outer bar."""
         self.progress.update(self.task, completed=done, detail=detail)
+        if self.outer is not None:
+            self.progress.update(self.outer, completed=outer)
 
 
 @contextlib.contextmanager
-def bar(title: str, total: int, unit: str) -> Iterator[_Bar | _Lines]:
-    """Yield something with update(done, detail): a bar with rate and time left, or lines in a log."""
+def bar(title: str, total: int, unit: str, *, outer: tuple[str, int] | None = None) -> Iterator[_Bar | _Lines]:
+    """Yield something with update(done, detail, outer): a bar with rate and time left, or lines in a log.
+
+    Args:
+        title: what is going on.
+        total: units in all.
+        unit: what is counted.
+        outer: title and total of a second bar, above.
+    """
     if not stderr.is_terminal:
         yield _Lines(title, total, unit)
         return
@@ -174,7 +194,7 @@ def bar(title: str, total: int, unit: str) -> Iterator[_Bar | _Lines]:
         TextColumn("[dim]{task.fields[detail]}"),
     )
     with Progress(*columns, console=stderr) as progress:
-        yield _Bar(progress, title, total, unit)
+        yield _Bar(progress, title, total, unit, outer)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """`aqlm-tensor quantize`: load, calibrate and quantize block by block, save."""
 
+import contextlib
 import errno
+import json
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ from aqlm_tensor import (
     calibrate,
     quantize_,
 )
+from aqlm_tensor.activations import PLACES
 from aqlm_tensor.checkpoint_io import check_replaceable
-from aqlm_tensor.cli_arguments import open_model, read_text, text_tokens
-from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, usage
+from aqlm_tensor.cli_arguments import open_model, parse_device, read_text, text_tokens
+from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stdout, usage
+from aqlm_tensor.cli_report import block_line, error_table
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
 from aqlm_tensor.run_report import Progress
@@ -27,8 +32,9 @@ from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.sequential import find_blocks, in_blocks, sample_windows
 from aqlm_tensor.targets import find_targets
 
-__all__ = ["batched", "quantize_with_bar", "run"]
+__all__ = ["REPORT_NAME", "batched", "quantize_with_bar", "run"]
 
+REPORT_NAME = "quantization_report.json"
 _TOKENS_AT_ONCE = 2048  # more only costs memory
 
 
@@ -43,6 +49,9 @@ def run(
     seqlen: int,
     seed: int,
     finetune: bool,
+    blockwise: bool,
+    true_sequential: bool,
+    keep_inputs: str,
     work_dir: Path | None,
     resume: bool,
     dtype: str,
@@ -52,10 +61,14 @@ def run(
 ) -> None:
     """Quantize a model on disk to a new folder; see `aqlm-tensor quantize --help`."""
     start = time.monotonic()
-    if data is None and (finetune or work_dir is not None or resume):
-        raise UsageError("--finetune, --work-dir and --resume need --data: without it there is nothing to calibrate on")
-    if resume and work_dir is None:
-        raise UsageError("--resume needs the --work-dir of the run to go on with")
+    by_block = data is not None and blockwise
+    work = (out.with_name(out.name + ".work") if work_dir is None else work_dir) if by_block else None
+    _check_options(
+        by_block,
+        keep_inputs,
+        needing=(finetune, true_sequential, work_dir is not None, resume),
+        has_data=data is not None,
+    )
     with usage():
         config = AQLMWeightConfig(scheme, seed=seed)
         source = find_model(model_path, gguf_file)
@@ -64,27 +77,65 @@ def run(
         raise UsageError(f"{source} is quantized already: pass the dense model")
     if out.resolve() == source.folder.resolve():
         raise UsageError(f"OUT {str(out)!r} is the model's own folder: choose another one")
+    if work is not None and not resume and work.exists() and any(work.iterdir()):
+        raise UsageError(f"{work} holds an earlier run: go on with it with --resume, or delete it")
     text = None if data is None else read_text(data)
-    model, tokenizer = open_model(source, None, dtype, device)
+    parse_device(device)
+    # block by block, one block at a time goes to the device
+    model, tokenizer = open_model(source, None, dtype, "cpu" if by_block else device)
     layers = _check_space(model, config, out)
-    if text is None:
-        note(
-            "no --data: quantizing without calibration. At about 2 bits that ruins small models; for quality pass a "
-            "text like what the model will be used on.",
-            style="yellow",
-        )
-        report = _data_free(model, config, layers)
-        tokens = 0
-    else:
+    batches = []
+    if text is not None:
         batches = sample_windows(text_tokens(tokenizer, text, seqlen, f"one window of {seqlen}"), nsamples, seqlen)
-        tokens = sum(batch.numel() for batch in batches)
         note(f"calibrating on {len(batches)} windows of {seqlen} tokens")
-        tuning = FinetuneConfig() if finetune else None
-        joined = batches if finetune else batched(batches)  # to tune, one step for each window
-        report = quantize_with_bar(model, config, joined, finetune=tuning, work_dir=work_dir, resume=resume)
-    with phase(f"saving {out}"):
-        save_model(model, tokenizer, out, force=force)
+    tokens = sum(batch.numel() for batch in batches)
+    with _resumable(work):
+        if work is not None:
+            report = quantize_with_bar(
+                model,
+                config,
+                batches if finetune else batched(batches),  # to tune, one step for each window
+                finetune=FinetuneConfig() if finetune else None,
+                true_sequential=true_sequential,
+                device=device,
+                keep_inputs=keep_inputs,
+                work_dir=work,
+                resume=resume,
+                data_origin={"file": str(data), "nsamples": nsamples, "seqlen": seqlen, "model": str(source)},
+            )
+        elif batches:
+            report = _on_dense_inputs(model, config, batched(batches), layers)
+        else:
+            report = _without_data(model, config, layers)
+        with phase(f"saving {out}"):
+            save_model(model, tokenizer, out, force=force)
+            if isinstance(report, CalibrationReport):
+                (out / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
+    if work is not None and work_dir is None:
+        shutil.rmtree(work)
     _print(report, out, tokens, time.monotonic() - start, as_json)
+
+
+def _check_options(by_block: bool, keep_inputs: str, *, needing: tuple[bool, ...], has_data: bool) -> None:
+    """Refuse options that only a calibration block by block has, if there is none."""
+    options = "--finetune, --true-sequential, --work-dir and --resume"
+    if any(needing) and not has_data:
+        raise UsageError(f"{options} need --data: without it there is nothing to calibrate on")
+    if any(needing) and not by_block:
+        raise UsageError(f"{options} work block by block: leave out --no-blockwise")
+    if keep_inputs not in PLACES:
+        raise UsageError(f"--keep-inputs {keep_inputs!r} is unknown: choose one of {', '.join(PLACES)}")
+
+
+@contextlib.contextmanager
+def _resumable(work: Path | None) -> Iterator[None]:
+    """Say how to go on after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if work is not None and work.is_dir():
+            error.add_note(f"finished layers are kept in {work}: run the same command with --resume to go on")
+        raise
 
 
 def batched(samples: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -102,18 +153,35 @@ def quantize_with_bar(
     max_blocks: int | None = None,
     **options: Any,
 ) -> CalibrationReport:
-    """`calibrate` with a progress bar, the first `max_blocks` blocks (default: all), with more of its options."""
+    """`calibrate` with progress bars, the first `max_blocks` blocks (default: all), with more of its options."""
     layers = len(find_targets(model, config, in_blocks(model, max_blocks))[0])
-    with bar("quantizing", layers, "layers") as shown:
+    blocks = find_blocks(model)[:max_blocks]
+    with bar("layers", layers, "layers", outer=("blocks", len(blocks))) as shown:
+        latest: list[LayerReport] = []
 
         def show(progress: Progress) -> None:
-            shown.update(progress.done, f"block {progress.block + 1}/{progress.blocks}: {progress.phase}")
+            latest.extend([] if progress.layer is None else [progress.layer])
+            where = f"block {progress.block + 1}/{progress.blocks}: {progress.phase}"
+            shown.update(progress.done, where, progress.block)
 
-        blocks = find_blocks(model)[:max_blocks]
-        return calibrate(model, config, batches, blocks=blocks, on_progress=show, **options)
+        def block_done(done: int) -> None:
+            note(f"block {done}/{len(blocks)}: {block_line(latest)}")
+            latest.clear()
+
+        return calibrate(model, config, batches, blocks=blocks, on_progress=show, after_block=block_done, **options)
 
 
-def _data_free(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:
+def _without_data(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:
+    note(
+        "no --data: quantizing without calibration. At about 2 bits that ruins small models; for quality pass a text "
+        "like what the model will be used on.",
+        style="yellow",
+    )
+    return _with_bar(model, config, layers)
+
+
+def _with_bar(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:
+    """`quantize_` of the blocks with a progress bar."""
     done = 0
     with bar("quantizing", layers, "layers") as shown:
 
@@ -123,6 +191,20 @@ def _data_free(model: Any, config: AQLMWeightConfig, layers: int) -> Quantizatio
             shown.update(done, report.fqn)
 
         return quantize_(model, config, in_blocks(model), on_layer=show)
+
+
+@torch.no_grad()
+def _on_dense_inputs(
+    model: Any, config: AQLMWeightConfig, batches: list[torch.Tensor], layers: int
+) -> QuantizationReport:
+    """Quantize on the inputs that all layers have in the dense model."""
+    chosen = in_blocks(model)
+    quantize_(model, replace(config, step="prepare"), chosen)
+    with bar("calibrating", len(batches), "batches") as shown:
+        for number, batch in enumerate(batches, start=1):
+            model(batch.to(model.device), use_cache=False)
+            shown.update(number)
+    return _with_bar(model, replace(config, step="convert"), layers)
 
 
 def _check_space(model: Any, config: AQLMWeightConfig, out: Path) -> int:
@@ -149,18 +231,16 @@ def _check_space(model: Any, config: AQLMWeightConfig, out: Path) -> int:
 def _print(report: QuantizationReport, out: Path, tokens: int, seconds: float, as_json: bool) -> None:
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if as_json:
-        print_json(
-            {
-                "folder": str(out),
-                "bytes": size,
-                "calibration_tokens": tokens,
-                "seconds": seconds,
-                "layers": [asdict(layer) for layer in report.layers],
-                "blocks": [asdict(block) for block in report.blocks] if isinstance(report, CalibrationReport) else [],
-                "skipped": report.skipped,
-            }
-        )
+        found = {"layers": [asdict(layer) for layer in report.layers], "blocks": [], "skipped": report.skipped}
+        if isinstance(report, CalibrationReport):
+            found = json.loads(report.to_json())
+        facts = {"folder": str(out), "bytes": size, "calibration_tokens": tokens, "wall_seconds": seconds}
+        print_json({**facts, **found})
         return
+    if isinstance(report, CalibrationReport):
+        stdout.print(error_table(report))
     emit(str(report))
     emit(f"saved {out}: {size / 1e6:.1f} MB of weights, {seconds:.0f} s in all")
+    if isinstance(report, CalibrationReport):
+        emit(f"report: {out / REPORT_NAME}")
     emit(f"next: aqlm-tensor eval {out} --data TEXT   or   aqlm-tensor generate {out} --prompt ...")

@@ -83,7 +83,7 @@ class RunRecord:
 
     Attributes:
         settings: the config and the options of `calibrate`.
-        data: "batches", "tokens", "sha256" of the calibration data, and what the caller noted about its origin.
+        data: "batches", "tokens" and "sha256" of the calibration data, and its "origin" as the caller noted it.
         versions: of Python and the packages.
         machine: "system", "device" (its name) and "threads".
         resumed: whether layers were taken from a work folder; `seconds` count this run only.

@@ -62,7 +62,7 @@ def test_out_of_memory_names_the_remedy_and_resumes_to_the_same_bits(
         calibrate(copy.deepcopy(dense), config(), data, finetune=TUNING, work_dir=tmp_path)
     said = notes(caught)
     assert "block 2 of 3 (quantize)" in said
-    assert f"3 finished layers are kept in {tmp_path}: pass resume=True" in said
+    assert f"3 finished layers are kept in {tmp_path}: go on from there with resume=True" in said
     assert 'keep_inputs="cpu" or "disk"' in said
     monkeypatch.undo()
     resumed_like_whole(dense, data, tmp_path)
@@ -143,7 +143,7 @@ def test_the_report_is_json_and_complete(tmp_path: Path) -> None:
     assert [block["block"] for block in read["blocks"]] == [0, 1, 2]
     assert read["settings"]["config"]["_data"]["scheme"] == "2x3g8"
     assert read["settings"]["finetune"]["epochs"] == TUNING.epochs
-    assert (read["data"]["batches"], read["data"]["tokens"], read["data"]["file"]) == (6, 6 * 32, "a.txt")
+    assert (read["data"]["batches"], read["data"]["tokens"], read["data"]["origin"]["file"]) == (6, 6 * 32, "a.txt")
     assert read["versions"]["torch"] == torch.__version__
     assert set(read["seconds"]) == {"capture", "calibrate", "quantize", "fine-tune", "propagate"}
     assert read["peak_memory_bytes"]["host"] > 1e6

@@ -1,6 +1,7 @@
 """The command line: each command on a tiny model, what bad input gets, and that --help is quick."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from aqlm_tensor import cli_quantize
+from aqlm_tensor import cli_quantize, handler
 from aqlm_tensor.cli import app
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
@@ -89,6 +90,86 @@ def test_the_same_seed_gives_the_same_files(folder: Path, tmp_path: Path) -> Non
     assert len(report["layers"]) == 14
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (folder / "quantized" / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again"], "the work folder is gone at the end"
+
+
+def test_the_folder_holds_a_report_and_the_table_shows_every_block(folder: Path, tmp_path: Path) -> None:
+    result = run("quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt", "--finetune")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text(encoding="utf-8"))
+    assert report["data"]["origin"]["file"] == str(folder / "text.txt")
+    assert report["totals"]["layers"] == 14
+    lines = [line for line in result.stdout.splitlines() if re.match(r" *\d+ 0\.", line)]
+    assert len(lines) == 2
+    for line, tuned in zip(lines, report["blocks"], strict=True):
+        assert f"{tuned['error_before']:.4f}" in line
+        assert f"{tuned['error_after']:.4f}" in line
+    assert "block 2/2: q_proj" in result.stderr
+    assert "layers: 14/14 layers" in result.stderr
+    load_model(find_model(tmp_path / "out"))  # which the report does not disturb
+
+
+def test_options_of_where_and_in_what_order(folder: Path, tmp_path: Path) -> None:
+    common = ("quantize", folder / "dense")
+    options = (*QUICK, "--data", folder / "text.txt")
+    files = {}
+    for name, more in {
+        "disk": ("--keep-inputs", "disk"),
+        "sequential": ("--true-sequential",),
+        "dense": ("--no-blockwise",),
+    }.items():
+        result = run(*common, tmp_path / name, *options, *more)
+        assert result.exit_code == 0, result.output
+        files[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    plain = (folder / "quantized" / "model.safetensors").read_bytes()
+    assert files["disk"] == plain
+    assert len({plain, files["sequential"], files["dense"]}) == 3
+
+
+def test_interrupted_it_says_how_to_resume_and_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt")
+    solve, calls = handler.quantize_layer, []
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(handler, "quantize_layer", interrupt)
+    result = run(*arguments)
+    assert result.exit_code == 130
+    assert f"kept in {tmp_path / 'out.work'}: run the same command with --resume" in result.stderr
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "go on with it with --resume" in refused.stderr
+    calls.clear()
+    monkeypatch.setattr(handler, "quantize_layer", lambda *a, **k: calls.append(1) or solve(*a, **k))
+    resumed = run(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert len(calls) == 14 - 8
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (folder / "quantized" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "--keep-inputs"), (OSError(28, "No space left"), "Make room")],
+)
+def test_what_runs_out_is_told_with_the_remedy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(handler, "quantize_layer", fail)
+    result = run("quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt")
+    assert result.exit_code == 1
+    assert remedy in result.stderr
+    assert "(--resume)" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_fine_tuned_and_resumed_with_a_work_folder(folder: Path, tmp_path: Path) -> None:
@@ -98,7 +179,7 @@ def test_fine_tuned_and_resumed_with_a_work_folder(folder: Path, tmp_path: Path)
     assert all(block["error_after"] <= block["error_before"] for block in json.loads(result.stdout)["blocks"])
     refused = run("quantize", folder / "dense", tmp_path / "again", *options)
     assert refused.exit_code != 0
-    assert "resume" in refused.stderr
+    assert "--resume" in refused.stderr
     resumed = run("quantize", folder / "dense", tmp_path / "again", *options, "--resume")
     assert resumed.exit_code == 0, resumed.output
     name = "model.safetensors"
@@ -183,8 +264,12 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     ),
     "nothing to tune on": (lambda f: ["quantize", f / "dense", f / "new", "--finetune"], "need --data"),
     "nothing to resume": (
-        lambda f: ["quantize", f / "dense", f / "new", "--data", f / "text.txt", "--resume"],
-        "needs the --work-dir",
+        lambda f: ["quantize", f / "dense", f / "new", "--data", f / "text.txt", "--resume", "--no-blockwise"],
+        "leave out --no-blockwise",
+    ),
+    "unknown place of inputs": (
+        lambda f: ["quantize", f / "dense", f / "new", "--keep-inputs", "attic"],
+        "choose one of device, cpu, disk",
     ),
     "unknown dtype": (lambda f: ["quantize", f / "dense", f / "new", "--dtype", "int8"], "'int8' is unknown"),
     "unknown device": (lambda f: ["quantize", f / "dense", f / "new", "--device", "abacus"], "'abacus' cannot be used"),
@@ -271,7 +356,7 @@ def _forbidden(*_: Any, **__: Any) -> NoReturn:
 
 
 @pytest.mark.parametrize("when", ["quantize_with_bar", "save_pretrained"])
-def test_interruption_leaves_nothing_behind(
+def test_interruption_leaves_no_half_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> NoReturn:
@@ -281,7 +366,7 @@ def test_interruption_leaves_nothing_behind(
     result = run("quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ([] if when == "quantize_with_bar" else ["out.work"])
 
 
 def test_force_replaces_a_checkpoint_and_nothing_else(folder: Path, tmp_path: Path) -> None:
