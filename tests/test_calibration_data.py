@@ -1,6 +1,7 @@
 """Calibration data from every kind of source: the same tokens where they must be, and what bad sources get."""
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from aqlm_tensor.calibration_data import DatasetText, TextFile, TokenFile, calib
 from aqlm_tensor.self_generation import GeneratedData, generate_windows
 from aqlm_tensor.sequential import sample_windows
 
-from .tiny_llama import TEXT, write_dense
+from .tiny_llama import TEXT, WORDS, write_dense
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def test_generated_by_the_model(model: Any) -> None:
 
 
 def write_dataset(folder: Path) -> list[str]:
-    rows = [f"{' '.join(TEXT.split()[start : start + 30])}" for start in range(0, 600, 30)]
+    choose = random.Random(0)
+    rows = [" ".join(choose.choices(WORDS, k=30)) for _ in range(20)]
     (folder / "rows").mkdir()
     lines = [json.dumps({"text": row, "number": index}) for index, row in enumerate(rows)]
     (folder / "rows" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
