@@ -8,10 +8,13 @@ the caller splits rows over threads, and rows do not interact.
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["scatter_add", "sweep_block"]
+__all__ = ["CodeSums", "supports", "sweep_block"]
 
 _LARGE = np.int32(2**31 - 1)
+_MAX_SIZE = 256  # entries of a codebook whose pairs are all tried
 _LANES = 4  # rows that share each read of a pair table
 
 
@@ -140,7 +143,7 @@ def _choose(
 
 
 @numba.njit(nogil=True, cache=True)
-def sweep_block(
+def _sweep_block(
     target: np.ndarray,
     pending: np.ndarray,
     error: np.ndarray,
@@ -156,24 +159,7 @@ def sweep_block(
     limit: np.float32,
     order: np.ndarray,
 ) -> None:
-    """Visit the groups of one block in order for all rows; see `aqlm_tensor.quantizer.search`. All float32.
-
-    Args:
-        target: weights of the block, [R, H, W] with W = J * G.
-        pending: linear terms that come from groups outside the block, [R, H, W]; updated inside.
-        error: target minus quantized as it stands, [R, H, W]; updated.
-        indices: codes [R, J, K] int64; updated.
-        known: whether `indices` holds a choice to start from.
-        metric: [J, G, G].
-        feedback: couplings inside the block, [W, W]; [0, 0] if there are none.
-        books: [K, S, H * G].
-        transposed: the same as [K, H * G, S].
-        squares: c M c^T of every entry, [J, K, S].
-        tables: fixed-point interaction costs of each pair of codebooks in `order`, [J, P, S, S] int32.
-        factors: fixed-point steps per unit cost, [J, P].
-        limit: cap of fixed-point costs.
-        order: pairs of codebooks to search, [passes * P, 2] int64.
-    """
+    """Visit the groups of one block in order for all rows; see `sweep_block`."""
     rows, height, columns = target.shape
     groups, group = metric.shape[0], metric.shape[1]
     count, width = books.shape[0], books.shape[2]
@@ -211,15 +197,91 @@ def sweep_block(
 
 
 @numba.njit(nogil=True, cache=True)
-def scatter_add(values: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
-    """out[indices[n]] += values[n], in order of n.
+def _sum_values(values: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """out[codes[r, j]] += values[r, j] in order: values [R, J, E], out [S, E]."""
+    for r in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            s = codes[r, j]
+            for e in range(out.shape[1]):
+                out[s, e] += values[r, j, e]
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_weighted(weights: np.ndarray, blocks: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
+    """out[codes[r, j]] += weights[r] * blocks[j] in order: weights [R], blocks [J, E], out [S, E]."""
+    for r in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            s = codes[r, j]
+            for e in range(out.shape[1]):
+                out[s, e] += weights[r] * blocks[j, e]
+
+
+def supports(size: int, entry: int) -> bool:  # noqa: ARG001 (every back end has the same signature)
+    """Whether `sweep_block` takes codebooks of `size` entries of `entry` elements."""
+    return size <= _MAX_SIZE
+
+
+def sweep_block(
+    target: Tensor,
+    pending: Tensor,
+    error: Tensor,
+    indices: Tensor,
+    known: bool,
+    metric: Tensor,
+    feedback: Tensor,
+    books: Tensor,
+    transposed: Tensor,
+    squares: Tensor,
+    tables: Tensor,
+    factors: Tensor,
+    limit: float,
+    order: Tensor,
+) -> None:
+    """Visit the groups of one block in order for all rows; see `aqlm_tensor.quantizer.search`. Floats are float32.
 
     Args:
-        values: [N, D] float32.
-        indices: [N] int64 rows of `out`.
-        out: [S, D] float32, added to in place.
+        target: weights of the block, [R, H, W] with W = J * G.
+        pending: linear terms that come from groups outside the block, [R, H, W]; overwritten.
+        error: target minus quantized as it stands, [R, H, W]; updated.
+        indices: codes [R, J, K] int64; updated.
+        known: whether `indices` holds a choice to start from.
+        metric: [J, G, G].
+        feedback: couplings inside the block, [W, W]; [0, 0] if there are none.
+        books: [K, S, H * G].
+        transposed: the same as [K, H * G, S].
+        squares: c M c^T of every entry, [J, K, S].
+        tables: fixed-point interaction costs of each pair of codebooks in `order`, [J, P, S, S] int32.
+        factors: fixed-point steps per unit cost, [J, P].
+        limit: cap of fixed-point costs.
+        order: pairs of codebooks to search, [passes * P, 2] int64; [[0, 0]] for one codebook.
     """
-    for n in range(indices.shape[0]):
-        row = indices[n]
-        for d in range(values.shape[1]):
-            out[row, d] += values[n, d]
+    own = [t.contiguous().numpy() for t in (target, pending, error, indices)]
+    shared = [t.numpy() for t in (metric, feedback, books, transposed, squares, tables, factors)]
+    _sweep_block(*own, known, *shared, np.float32(limit), order.numpy())
+    error.copy_(torch.from_numpy(own[2]))
+    indices.copy_(torch.from_numpy(own[3]))
+
+
+class CodeSums:
+    """Sums by code on the CPU, added in the order of the places; see `aqlm_tensor.quantizer.sums`.
+
+    Args:
+        codes: [R, J] int64, below `size`.
+        size: number of sums.
+    """
+
+    def __init__(self, codes: Tensor, size: int) -> None:
+        self.size = size
+        self.codes = codes.contiguous().numpy()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Sums [size, E] of `values` [R * J, E] float32."""
+        sums = torch.zeros(self.size, values.shape[1])
+        _sum_values(values.contiguous().view(*self.codes.shape, -1).numpy(), self.codes, sums.numpy())
+        return sums
+
+    def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
+        """Sums [size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
+        sums = torch.zeros(self.size, blocks.shape[1])
+        _sum_weighted(weights.contiguous().numpy(), blocks.contiguous().numpy(), self.codes, sums.numpy())
+        return sums

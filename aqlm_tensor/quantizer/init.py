@@ -6,15 +6,14 @@ Distances use each group's own metric, so that directions the inputs never take 
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.parallel import map_rows
-from aqlm_tensor.quantizer.refine import scatter_add
+from aqlm_tensor.quantizer.nearest import nearest
+from aqlm_tensor.quantizer.sums import code_sums
 
 __all__ = ["initial_codebooks"]
 
 _MIN_POINTS = 1 << 14
 _MIN_POINTS_ALONE = 1 << 20  # with one codebook later rounds are k-means too, and only slowly correct a small sample
 _POINTS_PER_ENTRY = 16
-_CHUNK_ELEMENTS = 1 << 22
 _OVERSTEP = 1.6  # past each cluster's mean: Lloyd's steps are short, this gains about a third of the iterations
 
 
@@ -44,7 +43,11 @@ def initial_codebooks(
     total = rows * groups
     least = _MIN_POINTS if count > 1 else _MIN_POINTS_ALONE
     wanted = min(total, max(least, _POINTS_PER_ENTRY * size))
-    picked = torch.randperm(total, generator=generator)[:wanted].to(target.device)
+    if wanted < total:  # a draw may repeat; a permutation of hundreds of millions would take seconds
+        picked = torch.randint(total, (wanted,), generator=generator)
+    else:
+        picked = torch.randperm(total, generator=generator)
+    picked = picked.to(target.device)
     row, column = picked // groups, picked % groups
     points = target.view(rows, height, groups, group)[row, :, column]
     weights = row_weights[row]
@@ -74,8 +77,9 @@ def _kmeans(
     weighted_metric = (own * weights[:, None, None]).flatten(1)
     assigned, distance = _assign(points, own, column, metric, centres)
     for number in range(iterations):
-        left = scatter_add(weighted_metric, assigned, size).view(size, group, group)
-        right = scatter_add(moments, assigned, size).view(size, height, group)
+        sums = code_sums(assigned[:, None], size)
+        left = sums(weighted_metric).view(size, group, group)
+        right = sums(moments).view(size, height, group)
         step = _OVERSTEP if number < iterations - 1 else 1.0
         centres = centres + step * (_solve(left, right, centres) - centres)
         filled = torch.bincount(assigned, minlength=size) > 0
@@ -92,16 +96,8 @@ def _assign(points: Tensor, own: Tensor, column: Tensor, metric: Tensor, centres
     weighted = (points @ own).flatten(1)
     norms = (weighted * points.flatten(1)).sum(1)
     squares = torch.einsum("shg,jgf,shf->js", centres, metric, centres)
-    flat = centres.flatten(1).T.contiguous()
-    longest = max(1, _CHUNK_ELEMENTS // flat.shape[1])
-
-    def nearest(rows: slice) -> tuple[Tensor, Tensor]:
-        parts = [slice(i, min(i + longest, rows.stop)) for i in range(rows.start, rows.stop, longest)]
-        found = [torch.addmm(squares[column[p]], weighted[p], flat, alpha=-2.0).min(1) for p in parts]
-        return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-    values, indices = zip(*map_rows(nearest, len(points), points.device), strict=True)
-    return torch.cat(indices), torch.cat(values).add_(norms).clamp_(min=0)
+    values, indices = nearest(weighted, column, squares, centres.flatten(1))
+    return indices, values.add_(norms).clamp_(min=0)
 
 
 def _solve(left: Tensor, right: Tensor, fallback: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from aqlm_tensor.codes import indices_to_codes
 from aqlm_tensor.quantizer.hessian import check_hessian, descent_coupling, feedback_coupling, no_coupling, regularize
 from aqlm_tensor.quantizer.init import initial_codebooks
-from aqlm_tensor.quantizer.parallel import one_thread_per_operation
+from aqlm_tensor.quantizer.parallel import full_precision, one_thread_per_operation
 from aqlm_tensor.quantizer.refine import refine_codebooks, refine_scales, row_errors
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 from aqlm_tensor.quantizer.solver import SolverConfig
@@ -91,7 +91,7 @@ def quantize_layer(
         TypeError: if an argument has the wrong type.
     """
     _check(weight, scheme, hessian, solver, dtype)
-    with one_thread_per_operation():
+    with one_thread_per_operation(), full_precision():
         return _solve(weight, scheme, hessian, solver, seed, dtype, on_progress)
 
 
@@ -111,7 +111,7 @@ def _solve(
     report = on_progress or (lambda _round, _error: None)
     report(0, errors[0])
     best = state
-    feedback_rounds = min(_FEEDBACK_ROUNDS, solver.max_rounds // 2) if problem.metric is not None else 0
+    feedback_rounds = min(_FEEDBACK_ROUNDS, solver.max_rounds - 1) if problem.metric is not None else 0
     for number in range(1, solver.max_rounds + 1):
         state = problem.improve(state, afresh=number <= feedback_rounds)
         errors.append(problem.relative(state))

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["map_rows", "numba_search", "one_thread_per_operation"]
+__all__ = ["compiled_search", "full_precision", "map_rows", "one_thread_per_operation"]
 
 _T = TypeVar("_T")
 _MAX_CHUNKS = 16
@@ -26,16 +26,20 @@ _MIN_CHUNK_ROWS = 64
 _THREADS: ContextVar[int] = ContextVar("aqlm_solver_threads", default=1)
 
 
+_COMPILERS = {"cpu": "numba", "cuda": "triton"}  # by type of device
+
+
 @cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def numba_search(device: torch.device) -> ModuleType | None:
-    """The module of compiled inner loops, or None where torch does the work: other devices, or numba missing."""
-    if device.type != "cpu" or not _has_numba():
+def compiled_search(device: torch.device) -> ModuleType | None:
+    """The module of compiled inner loops for a device; None where torch does all the work."""
+    compiler = _COMPILERS.get(device.type)
+    if compiler is None or not _installed(compiler):
         return None
-    return importlib.import_module("aqlm_tensor.kernels.numba_search")
+    return importlib.import_module(f"aqlm_tensor.kernels.{compiler}_search")
 
 
 @contextmanager
@@ -49,6 +53,17 @@ def one_thread_per_operation() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         _THREADS.reset(token)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32 on GPUs, too, whatever the program has chosen; undone on leaving."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 @cache

@@ -9,25 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.parallel import map_rows, numba_search
+from aqlm_tensor.quantizer.parallel import map_rows
 from aqlm_tensor.quantizer.search import gather
+from aqlm_tensor.quantizer.sums import CodeSums, code_sums
 
-__all__ = ["refine_codebooks", "refine_scales", "row_errors", "scatter_add", "times_metric"]
+__all__ = ["refine_codebooks", "refine_scales", "row_errors", "times_metric"]
 
 _CONVERGED = 1e-8  # of the first squared residual
-
-
-def scatter_add(values: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Sums of the rows of `values` [N, D] by `indices` [N]: [size, D], in an order that does not vary between runs."""
-    out = torch.zeros(size, values.shape[1], dtype=values.dtype, device=values.device)
-    backend = numba_search(values.device)
-    if backend is not None:
-        backend.scatter_add(values.contiguous().numpy(), indices.contiguous().numpy(), out.numpy())
-    elif values.device.type == "cpu":
-        out.index_add_(0, indices, values)
-    else:  # index_add_ uses atomics on GPUs; accumulating index_put_ sorts
-        out.index_put_((indices,), values, accumulate=True)
-    return out
 
 
 def times_metric(rows: Tensor, metric: Tensor | None) -> Tensor:
@@ -58,23 +46,33 @@ def refine_codebooks(
     result = codebooks.clone()
     shape = codebooks.shape
 
+    def sums_of(rows: slice) -> tuple[int, list[CodeSums]]:
+        return rows.start, [code_sums(codes, shape[1]) for codes in indices[rows].unbind(2)]
+
+    sums = dict(map_rows(sums_of, len(indices), target.device))
+
     def normal_part(rows: slice) -> Tensor:
         step = times_metric(gather(direction, indices[rows]) * weights[rows], metric)
-        return _scatter(step, indices[rows], shape)
+        return _scatter(step, sums[rows.start], shape)
 
     def residual_part(rows: slice) -> Tensor:
         step = times_metric((target[rows] - gather(result, indices[rows])) * weights[rows], metric)
-        return _scatter(step, indices[rows], shape)
+        return _scatter(step, sums[rows.start], shape)
 
     def over_rows(work: Callable[[slice], Tensor]) -> Tensor:
         return torch.stack(map_rows(work, len(indices), target.device)).sum(0)
 
+    blocks = _diagonal_blocks(metric, indices.shape[1], shape[3], target.device)
+
+    def diagonal_part(rows: slice) -> Tensor:
+        return torch.stack([sum_codes.weighted(row_weights[rows], blocks) for sum_codes in sums[rows.start]])
+
     residual = over_rows(residual_part)
-    factors = _block_factors(row_weights, indices, metric, codebooks.shape)
+    preconditioner = _inverses(over_rows(diagonal_part).view(*shape[:2], shape[3], shape[3]))
     direction = torch.zeros_like(result)
     previous = enough = 0.0
     for _ in range(steps):
-        conditioned = torch.cholesky_solve(residual.mT, factors).mT
+        conditioned = residual @ preconditioner
         current = float((residual * conditioned).flatten(1).sum(1).sum())
         enough = enough or _CONVERGED * current
         if not current > enough:  # what is left is rounding, which further steps would amplify
@@ -107,32 +105,26 @@ def refine_scales(weight: Tensor, quantized: Tensor, scales: Tensor, metric: Ten
     return torch.where(usable, best, scales)
 
 
-def _scatter(gradient: Tensor, indices: Tensor, shape: torch.Size) -> Tensor:
-    """Adjoint of `gather`: [R, H, I] -> [K, S, H, G]."""
-    count, size, height, group = shape
-    rows, groups = indices.shape[:2]
-    flat = gradient.view(rows, height, groups, group).transpose(1, 2).reshape(rows * groups, height * group)
-    parts = [scatter_add(flat, indices[..., k].reshape(-1), size) for k in range(count)]
-    return torch.stack(parts).view(shape)
+def _scatter(gradient: Tensor, sums: list[CodeSums], shape: torch.Size) -> Tensor:
+    """Adjoint of `gather`: [R, H, I] -> [K, S, H, G], given the sums of each codebook's codes."""
+    rows, height, inputs = gradient.shape
+    group = shape[3]
+    groups = gradient.view(rows, height, inputs // group, group).transpose(1, 2)
+    flat = groups.reshape(rows * (inputs // group), height * group)
+    return torch.stack([sum_codes(flat) for sum_codes in sums]).view(shape)
 
 
-def _block_factors(row_weights: Tensor, indices: Tensor, metric: Tensor | None, shape: torch.Size) -> Tensor:
-    """Cholesky factors [K, S, G, G]... of the diagonal blocks of the normal equations, one block per entry."""
-    count, size, _, group = shape
-    rows, groups = indices.shape[:2]
+def _diagonal_blocks(metric: Tensor | None, groups: int, group: int, device: torch.device) -> Tensor:
+    """The metric of each group, [J, G * G]."""
     if metric is None:
-        blocks = torch.eye(group, device=indices.device).flatten().expand(groups, -1)
-    else:
-        inputs = metric.shape[0]
-        blocks = metric.as_strided((groups, group, group), (group * (inputs + 1), inputs, 1)).flatten(1)
-    column = torch.arange(groups, device=indices.device)
-    mass = row_weights[:, None].expand(rows, groups).reshape(-1, 1)
-    diagonal = []
-    for k in range(count):
-        slots = (indices[..., k] * groups + column).reshape(-1)
-        diagonal.append(scatter_add(mass, slots, size * groups).view(size, groups) @ blocks)
-    normal = torch.stack(diagonal).view(count, size, group, group)
+        return torch.eye(group, device=device).flatten().repeat(groups, 1)
+    inputs = metric.shape[0]
+    return metric.as_strided((groups, group, group), (group * (inputs + 1), inputs, 1)).flatten(1)
+
+
+def _inverses(normal: Tensor) -> Tensor:
+    """Inverses of the diagonal blocks [K, S, G, G] of the normal equations; entries without mass get an identity."""
     trace = normal.diagonal(dim1=2, dim2=3).sum(2)
     ridge = torch.where(trace > 0, trace * 1e-5, torch.ones_like(trace))
-    normal = normal + ridge[..., None, None] * torch.eye(group, dtype=normal.dtype, device=normal.device)
-    return torch.linalg.cholesky(normal)
+    damped = normal + ridge[..., None, None] * torch.eye(normal.shape[2], device=normal.device)
+    return torch.linalg.inv(damped)

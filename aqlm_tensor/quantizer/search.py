@@ -14,14 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.parallel import map_rows, numba_search
+from aqlm_tensor.quantizer.group_search import PAIR_LIMIT, GroupSearch, fixed_point_pairs, pair_order
+from aqlm_tensor.quantizer.parallel import compiled_search, map_rows
 
 __all__ = ["Coupling", "gather", "sweep"]
 
-_EXHAUSTIVE_SIZE = 256  # codebooks up to this size are searched over all pairs
 _BLOCK_COLUMNS = 256  # groups whose feedback is updated one by one before the next matrix product
-_CHUNK_ELEMENTS = 1 << 24  # scratch floats of one step
-_PAIR_BITS = 28  # |pair costs| < 2^28 and row costs <= 2^29 each: sums stay inside int32
+_TABLE_ELEMENTS = 1 << 24  # pair costs of one block
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,11 @@ def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: C
     else:
         indices = indices.clone()
         error = torch.zeros_like(target) if coupling.causal else target - gather(codebooks, indices)
-    compiled = numba_search(target.device) if size <= _EXHAUSTIVE_SIZE else None
-    if compiled is None:
-        visit = _TorchBlocks(codebooks, coupling, beam_width, fresh)
+    compiled = compiled_search(target.device)
+    if compiled is not None and compiled.supports(size, codebooks[0, 0].numel()):
+        visit = _CompiledBlocks(codebooks, coupling, compiled, fresh)
     else:
-        visit = _NumbaBlocks(codebooks, coupling, compiled, fresh)
+        visit = _TorchBlocks(codebooks, coupling, beam_width, fresh)
     for start in range(0, columns, visit.width):
         block = slice(start, min(start + visit.width, columns))
         inputs = slice(0, start if coupling.causal else columns)
@@ -89,33 +88,13 @@ def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: C
 
 
 def _block_width(columns: int, group: int, tables: int) -> int:
-    """Columns of a block: whole groups, about _BLOCK_COLUMNS, with at most _CHUNK_ELEMENTS table entries in all."""
-    groups = max(1, min(_BLOCK_COLUMNS // group, _CHUNK_ELEMENTS // max(tables, 1)))
+    """Columns of a block: whole groups, about _BLOCK_COLUMNS, with at most _TABLE_ELEMENTS table entries in all."""
+    groups = max(1, min(_BLOCK_COLUMNS // group, _TABLE_ELEMENTS // max(tables, 1)))
     return min(columns, groups * group)
 
 
-def _pair_order(count: int) -> list[tuple[int, int]]:
-    """Pairs of codebooks to search one after the other: neighbours, closed to a ring from three on."""
-    return [(k, k + 1) for k in range(count - 1)] + ([(count - 1, 0)] if count > 2 else [])
-
-
-def _passes(count: int, fresh: bool) -> int:
-    return 2 if fresh and count > 2 else 1
-
-
-def _fixed_point_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Interaction costs [..., S, S] as int32, and the steps per unit [...], the largest being 2^28.
-
-    A row's own costs are taken relative to their minimum and capped at twice the largest pair cost: an entry beyond
-    the cap cannot be part of the best pair. So sums of three stay inside int32, and resolution beats float32.
-    """
-    largest = pairs.abs().amax((-2, -1)).clamp_(min=1e-30)
-    factors = float(1 << _PAIR_BITS) / largest
-    return (pairs * factors[..., None, None]).to(torch.int32), factors
-
-
-class _NumbaBlocks:
-    """Blocks of groups in compiled loops; codebooks of up to 256 entries."""
+class _CompiledBlocks:
+    """Blocks of groups in compiled loops."""
 
     def __init__(self, codebooks: Tensor, coupling: Coupling, compiled: ModuleType, fresh: bool) -> None:
         self.coupling, self.compiled, self.known = coupling, compiled, not fresh
@@ -123,43 +102,37 @@ class _NumbaBlocks:
         count, size, _, self.group = codebooks.shape
         self.flat = codebooks.flatten(2).contiguous()
         self.transposed = self.flat.mT.contiguous()
-        self.pairs = _pair_order(count)
-        order = torch.tensor(self.pairs * _passes(count, fresh), dtype=torch.int64).view(-1, 2)
-        self.order = order.numpy()
+        self.pairs = pair_order(count, fresh=False)
+        order = pair_order(count, fresh=fresh) or [(0, 0)]
+        self.order = torch.tensor(order, device=codebooks.device)
         self.width = _block_width(len(coupling.metric) * self.group, self.group, len(self.pairs) * size * size)
 
     def prepare(self, block: slice) -> None:
         """Tables of the groups of a block, shared by all rows."""
         metric = self.coupling.metric[block.start // self.group : block.stop // self.group]
-        groups, (count, size) = len(metric), self.codebooks.shape[:2]
-        tables = torch.empty(groups, len(self.pairs), size, size, dtype=torch.int32)
-        factors = torch.ones(groups, len(self.pairs))
-        squares = torch.empty(groups, count, size)
+        groups, (count, size), device = len(metric), self.codebooks.shape[:2], metric.device
+        tables = torch.empty(groups, len(self.pairs), size, size, dtype=torch.int32, device=device)
+        factors = torch.ones(groups, len(self.pairs), device=device)
+        squares = torch.empty(groups, count, size, device=device)
 
         def work(part: slice) -> None:
-            for j in range(part.start, part.stop):
-                weighted = (self.codebooks @ metric[j]).flatten(2)
-                squares[j] = (weighted * self.flat).sum(2)
-                for p, (first, second) in enumerate(self.pairs):
-                    pairs = 2.0 * (weighted[first] @ self.transposed[second])
-                    tables[j, p], factors[j, p] = _fixed_point_pairs(pairs)
+            weighted = (self.codebooks @ metric[part, None, None]).flatten(3)
+            squares[part] = (weighted * self.flat).sum(3)
+            for p, (first, second) in enumerate(self.pairs):
+                pairs = 2.0 * (weighted[:, first] @ self.transposed[second])
+                tables[part, p], factors[part, p] = fixed_point_pairs(pairs)
 
-        map_rows(work, groups, metric.device, smallest=4)
+        map_rows(work, groups, device, smallest=4)
         whole = self.coupling.feedback
-        feedback = torch.empty(0, 0) if whole is None else whole[block, block].contiguous()
-        self.shared = [t.numpy() for t in (metric, feedback, self.flat, self.transposed, squares, tables, factors)]
+        feedback = torch.empty(0, 0, device=device) if whole is None else whole[block, block].contiguous()
+        self.shared = (metric, feedback, self.flat, self.transposed, squares, tables, factors)
 
     def __call__(
         self, rows: slice, block: slice, target: Tensor, pending: Tensor, error: Tensor, indices: Tensor
     ) -> None:
         groups = slice(block.start // self.group, block.stop // self.group)
-        part_error = error[rows, :, block].contiguous()
-        part_indices = indices[rows, groups].contiguous()
-        arrays = [t.contiguous().numpy() for t in (target[rows, :, block], pending, part_error, part_indices)]
-        limit = arrays[0].dtype.type(2 << _PAIR_BITS)
-        self.compiled.sweep_block(*arrays, self.known, *self.shared, limit, self.order)
-        error[rows, :, block] = part_error
-        indices[rows, groups] = part_indices
+        own = (target[rows, :, block], pending, error[rows, :, block], indices[rows, groups])
+        self.compiled.sweep_block(*own, self.known, *self.shared, PAIR_LIMIT, self.order)
 
 
 class _TorchBlocks:
@@ -168,7 +141,7 @@ class _TorchBlocks:
     def __init__(self, codebooks: Tensor, coupling: Coupling, beam_width: int, fresh: bool) -> None:
         self.codebooks, self.coupling, self.fresh = codebooks, coupling, fresh
         self.group = codebooks.shape[-1]
-        self.search = _GroupSearch(codebooks, beam_width)
+        self.search = GroupSearch(codebooks, beam_width)
         self.width = _block_width(len(coupling.metric) * self.group, self.group, 1)
 
     def prepare(self, block: slice) -> None:
@@ -190,87 +163,3 @@ class _TorchBlocks:
             if self.inner is not None:
                 pending[..., right:] += (new - error[here]) @ self.inner[left:right, right:]
             error[here] = new
-
-
-class _GroupSearch:
-    """Minimise q M q^T - 2 b q^T over the sums q of one entry per codebook, for many b at once."""
-
-    def __init__(self, codebooks: Tensor, beam_width: int) -> None:
-        self.codebooks = codebooks
-        self.flat = codebooks.flatten(2)  # [K, S, H * G]
-        count, size = codebooks.shape[:2]
-        self.exhaustive = size <= _EXHAUSTIVE_SIZE
-        self.beam_width = min(beam_width, size)
-        self.pairs = _pair_order(count)
-
-    def __call__(self, metric: Tensor, linear: Tensor, current: Tensor | None) -> Tensor:
-        """Indices [R, K] for linear terms b [R, H, G]; `current` [R, K] is where the search starts, if known."""
-        weighted = (self.codebooks @ metric).flatten(2)  # [K, S, H * G]
-        squares = (weighted * self.flat).sum(2)
-        rows = linear.shape[0]
-        step = max(1, _CHUNK_ELEMENTS // squares.numel())
-        chosen = torch.empty(rows, len(self.flat), dtype=torch.int64, device=linear.device)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            flat = linear[part].flatten(1)
-            costs = torch.baddbmm(squares[:, None], flat.expand(len(self.flat), -1, -1), self.flat.mT, alpha=-2.0)
-            begin = None if current is None else current[part]
-            chosen[part] = self._search(costs, weighted, begin)
-        return chosen
-
-    def _search(self, costs: Tensor, weighted: Tensor, current: Tensor | None) -> Tensor:
-        """`costs` [K, R, S] of each entry alone -> indices [R, K]."""
-        count, rows = costs.shape[:2]
-        if count == 1:
-            return costs[0].argmin(1, keepdim=True)
-        known = [current is not None] * count
-        chosen = (
-            torch.zeros(rows, count, dtype=torch.int64, device=costs.device) if current is None else current.clone()
-        )
-        for first, second in self.pairs * _passes(count, current is None):
-            others = [k for k in range(count) if k not in (first, second) and known[k]]
-            given = [self._given(costs, weighted, k, others, chosen) for k in (first, second)]
-            start = chosen[:, first] if known[first] and known[second] else None
-            chosen[:, [first, second]] = self._search_pair(first, second, given[0], given[1], weighted, start)
-            known[first] = known[second] = True
-        return chosen
-
-    def _given(self, costs: Tensor, weighted: Tensor, k: int, others: list[int], chosen: Tensor) -> Tensor:
-        """Costs [R, S] of the entries of codebook k when the codes of `others` are fixed."""
-        if not others:
-            return costs[k]
-        fixed = self.flat[others[0]][chosen[:, others[0]]]
-        for other in others[1:]:
-            fixed = fixed + self.flat[other][chosen[:, other]]
-        return torch.addmm(costs[k], fixed, weighted[k].mT, alpha=2.0)
-
-    def _search_pair(
-        self, first: int, second: int, costs1: Tensor, costs2: Tensor, weighted: Tensor, start: Tensor | None
-    ) -> Tensor:
-        if self.exhaustive:
-            return _all_pairs(costs1, costs2, 2.0 * (weighted[first] @ self.flat[second].mT))
-        candidates = costs1.topk(self.beam_width, dim=1, largest=False).indices
-        if start is not None:  # the present code competes, so that a visit never makes the row worse
-            candidates = torch.cat([candidates, start[:, None]], 1)
-        totals, partners = [], []
-        for code in candidates.unbind(1):
-            total = torch.addmm(costs2, weighted[first][code], self.flat[second].mT, alpha=2.0)
-            value, partner = total.min(1)
-            totals.append(value + costs1.gather(1, code[:, None])[:, 0])
-            partners.append(partner)
-        best = torch.stack(totals, 1).argmin(1, keepdim=True)
-        return torch.cat([candidates.gather(1, best), torch.stack(partners, 1).gather(1, best)], 1)
-
-
-def _all_pairs(costs1: Tensor, costs2: Tensor, pairs: Tensor) -> Tensor:
-    """Argmin over (i, l) of costs1[r, i] + costs2[r, l] + pairs[i, l]: indices [R, 2]. The compiled loops agree."""
-    fixed, factor = _fixed_point_pairs(pairs)
-    limit = float(2 << _PAIR_BITS)
-    one, two = ((c - c.amin(1, keepdim=True)).mul_(factor).clamp_(max=limit).to(torch.int32) for c in (costs1, costs2))
-    step = max(1, _CHUNK_ELEMENTS // fixed.numel())
-    parts = [
-        (one[start : start + step, :, None] + two[start : start + step, None, :] + fixed).flatten(1).argmin(1)
-        for start in range(0, costs1.shape[0], step)
-    ]
-    best = torch.cat(parts)
-    return torch.stack([best // fixed.shape[1], best % fixed.shape[1]], 1)

@@ -42,7 +42,7 @@ def test_back_ends_agree(count: int, size: int, height: int, group: int, monkeyp
     found = {}
     for backend in ("numba", "torch"):
         if backend == "torch":
-            monkeypatch.setattr(search, "numba_search", lambda _device: None)
+            monkeypatch.setattr(search, "compiled_search", lambda _device: None)
         first = sweep(target, None, codebooks, feedback_coupling(metric, group, 1.0), 4)
         second = sweep(target, first, codebooks, descent_coupling(metric, group), 4)
         found[backend] = (first, second)

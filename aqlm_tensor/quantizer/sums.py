@@ -1,0 +1,42 @@
+"""Sums of vectors by code, the adjoint of looking codebook entries up."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.quantizer.parallel import compiled_search
+
+__all__ = ["CodeSums", "code_sums"]
+
+
+class CodeSums(Protocol):
+    """Sums over the places [R, J] that have the same code; results do not vary between runs."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Sums [size, E] of `values` [R * J, E]."""
+        ...
+
+    def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
+        """Sums [size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E]."""
+        ...
+
+
+def code_sums(codes: Tensor, size: int) -> CodeSums:
+    """The sums by `codes` [R, J] int64, below `size`. What can be prepared is prepared once."""
+    backend = compiled_search(codes.device)
+    return _TorchSums(codes, size) if backend is None else backend.CodeSums(codes, size)
+
+
+class _TorchSums:
+    def __init__(self, codes: Tensor, size: int) -> None:
+        self.codes, self.size = codes, size
+
+    def __call__(self, values: Tensor) -> Tensor:
+        out = torch.zeros(self.size, values.shape[1], dtype=values.dtype, device=values.device)
+        if values.device.type == "cpu":
+            return out.index_add_(0, self.codes.flatten(), values)
+        return out.index_put_((self.codes.flatten(),), values, accumulate=True)  # sorts, index_add_ uses atomics
+
+    def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
+        return self((weights[:, None, None] * blocks).flatten(0, 1))
