@@ -28,6 +28,7 @@ from aqlm_tensor.activations import PLACES, Activations, Place
 from aqlm_tensor.api import quantize_
 from aqlm_tensor.block_calls import Batch, BlockCalls, on_device, tensors_of
 from aqlm_tensor.config import AQLMWeightConfig
+from aqlm_tensor.experts import ExpertObserver, ExpertStack, find_stacks, one_by_one, quantize_expert
 from aqlm_tensor.finetune import FinetuneConfig, finetune_block
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.linear import set_quantized
@@ -60,7 +61,9 @@ def calibrate(
 ) -> CalibrationReport:
     """Quantize the linear layers of a model's blocks in place, in order, on the inputs they will really have.
 
-    An exception leaves every layer either dense or quantized, and a layer that was done in `work_dir`.
+    Experts that are one stack of weights [E, O, I] are quantized, too, each with the tokens that it sees
+    (`aqlm_tensor.experts`); fine-tuning leaves them alone. An exception leaves every layer either dense or quantized,
+    and a layer that was done in `work_dir`.
 
     Args:
         model: a decoder or encoder that is a plain sequence of blocks; only the hidden state may depend on what earlier
@@ -101,6 +104,7 @@ def calibrate(
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     chosen = list(find_blocks(model) if blocks is None else blocks)
+    stacks, dense_stacks = find_stacks(model, config, chosen)
     config, targets, skipped = _to_prepare(model, config, chosen)
     settings = {"config": config, "finetune": finetune, "true_sequential": true_sequential}
     settings = {name: as_json(value) for name, value in settings.items()}
@@ -109,7 +113,7 @@ def calibrate(
     data["origin"] = None if data_origin is None else dict(data_origin)
     where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
     watch = Stopwatch(where)
-    run = _Run(model, finetune, true_sequential, chosen, targets, where, keep_inputs, watch, on_progress)
+    run = _Run(model, finetune, true_sequential, chosen, targets, stacks, where, keep_inputs, watch, on_progress)
     training = model.training
     model.eval()
     try:
@@ -126,7 +130,7 @@ def calibrate(
     finally:
         model.train(training)
     record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=resumed)
-    return CalibrationReport(tuple(run.layers), (), skipped, tuple(run.tuned), record)
+    return CalibrationReport(tuple(run.layers), (), skipped | dense_stacks, tuple(run.tuned), record)
 
 
 def _to_prepare(
@@ -182,6 +186,7 @@ class _Run:
     true_sequential: bool
     blocks: list[nn.Module]
     targets: list[Target]
+    stacks: list[ExpertStack]
     device: torch.device
     place: Place
     watch: Stopwatch
@@ -203,35 +208,43 @@ class _Run:
         """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
         chosen = set(map(id, linears_of([block])))
         targets = [target for target in self.targets if id(target.module) in chosen]
+        inside = set(map(id, block.modules()))
+        stacks = [stack for stack in self.stacks if id(stack.module) in inside]
         finished = self.work is not None and self.work.has_block(index)
         with on_device(block, self.device):
-            if targets and not finished:
-                outputs = self._quantize_layers(index, block, targets)
+            if (targets or stacks) and not finished:
+                outputs = self._quantize_layers(index, block, targets, stacks)
                 if self.finetune is not None:
-                    self._fine_tune(index, block, outputs)
+                    with dense_weights(nn.ModuleList(stack.module for stack in stacks)):
+                        self._fine_tune(index, block, outputs)
                 if self.work is not None:
                     self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
             elif finished:
-                self._take_block(index, block, targets)
+                self._take_block(index, block, targets, stacks)
             if index + 1 < len(self.blocks):
                 with dense_weights(block), self._phase("propagate", index):
                     self.calls.inputs = self._outputs(index)
 
-    def _quantize_layers(self, index: int, block: nn.Module, targets: list[Target]) -> Activations | None:
+    def _quantize_layers(
+        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
+    ) -> Activations | None:
         """Quantize the layers of a block; the outputs that the dense block has for its inputs, to tune on."""
         outputs = None
         try:
-            for number, group in enumerate(self._groups(index, block, targets)):
-                wanted = number == 0 and self.finetune is not None
-                quantize_(self.model, _at_step("prepare", group))
-                with dense_weights(block), self._phase("calibrate", index):
-                    if wanted:
+            for number, (group, watched) in enumerate(self._groups(index, block, targets, stacks)):
+                if group:
+                    quantize_(self.model, _at_step("prepare", group))
+                observer = ExpertObserver(watched)
+                with one_by_one(watched), dense_weights(block), self._phase("calibrate", index), observer:
+                    if number == 0 and self.finetune is not None:
                         outputs = self._outputs(index)
                     else:
                         for _ in self._each_output(index):
                             pass
                 with self._phase("quantize", index):
                     self._convert(group)
+                    for stack in watched:
+                        self._convert_experts(stack, observer)
         finally:
             detach_observers(block.modules())
         return outputs
@@ -248,14 +261,38 @@ class _Run:
         if dense:
             quantize_(self.model, _at_step("convert", dense), on_layer=done)
 
-    def _groups(self, index: int, block: nn.Module, targets: list[Target]) -> list[list[Target]]:
-        """The layers of a block in the groups in which they are calibrated."""
-        if not self.true_sequential:
-            return [targets]
+    def _convert_experts(self, stack: ExpertStack, observer: ExpertObserver | None) -> None:
+        """Quantize each expert of a stack, but for those that the work folder holds; all, without an observer."""
+        weights: list[Tensor] = []
+        for expert in range(len(stack.weight)):
+            name, dense = stack.expert(expert), stack.weight[expert]
+            if self.work is not None and self.work.has_layer(name):
+                report, weight = self.work.load_layer(name, dense.device)
+            else:
+                assert observer is not None
+                weight, plain = quantize_expert(stack, expert, observer)
+                report = CalibratedLayer(**asdict(plain), weight_error=_weight_error(dense, weight))
+                if self.work is not None:
+                    self.work.save_layer(report, weight)
+            weights.append(weight)
+            self.layers.append(report)
+            self._tell(report)
+        stacked = torch.stack(weights)
+        assert isinstance(stacked, AQLMTensor)
+        stack.replace(stacked)
+
+    def _groups(
+        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
+    ) -> list[tuple[list[Target], list[ExpertStack]]]:
+        """The layers and expert stacks of a block that are calibrated in one pass, for each pass."""
+        if not self.true_sequential or not targets:
+            return [(targets, stacks)]
         first = functools.partial(self.calls.run, index, 0, self.calls.inputs[0])
         by_layer = {id(target.module): target for target in targets}
         groups = reading_order(block, [target.module for target in targets], first)
-        return [[by_layer[id(layer)] for layer in group] for group in groups]
+        passes: list[tuple[list[Target], list[ExpertStack]]] = []
+        passes += [([by_layer[id(layer)] for layer in group], []) for group in groups]
+        return [*passes, ([], stacks)] if stacks else passes
 
     def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
         assert self.finetune is not None
@@ -278,12 +315,14 @@ class _Run:
         self.layers.append(report)
         self._tell(report)
 
-    def _take_block(self, index: int, block: nn.Module, targets: list[Target]) -> None:
+    def _take_block(self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]) -> None:
         """Take a finished block from the work folder."""
         assert self.work is not None
         with self._phase("quantize", index):
             for target in targets:
                 self._take(target)
+            for stack in stacks:
+                self._convert_experts(stack, None)
             tuned = self.work.load_block(index, block)
         self.tuned += [] if tuned is None else [BlockReport(**tuned)]
 
@@ -316,8 +355,8 @@ class _Run:
     def _tell(self, layer: LayerReport | None = None) -> None:
         if self.on_progress is not None:
             phase, index = self.now
-            done = len(self.layers)
-            self.on_progress(Progress(phase, index, len(self.blocks), done, len(self.targets), layer))
+            total = len(self.targets) + sum(len(stack.weight) for stack in self.stacks)
+            self.on_progress(Progress(phase, index, len(self.blocks), len(self.layers), total, layer))
 
     @contextlib.contextmanager
     def remedies(self, work_dir: str | Path | None) -> Iterator[None]:

@@ -117,12 +117,16 @@ def reading_order(block: nn.Module, layers: Sequence[nn.Linear], run: Callable[[
 @contextlib.contextmanager
 def dense_weights(block: nn.Module) -> Iterator[None]:
     """Inside the block of code, quantized weights are dense: decoded once rather than in each batch's forward."""
-    linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
-    quantized = [(part, part.weight) for part in linears if isinstance(part.weight, AQLMTensor)]
+    quantized = [
+        (module, name, weight)
+        for module in block.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if isinstance(weight, AQLMTensor)
+    ]
     try:
-        for part, weight in quantized:
-            part.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        for module, name, weight in quantized:
+            setattr(module, name, nn.Parameter(weight.dequantize(), requires_grad=False))
         yield
     finally:
-        for part, weight in quantized:
-            part.weight = weight
+        for module, name, weight in quantized:
+            setattr(module, name, weight)

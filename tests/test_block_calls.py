@@ -85,11 +85,6 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]
         "OPTDecoderLayer",
     ),
     "gemma": (lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SLIDING)), padded, "Gemma3DecoderLayer"),
-    "mixtral": (
-        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=4)),
-        token_ids,
-        "MixtralDecoderLayer",
-    ),
     "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**MLP)), padded, "BertLayer"),
     "t5": (
         lambda: tf.T5ForConditionalGeneration(
