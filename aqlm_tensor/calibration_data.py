@@ -4,9 +4,7 @@ Every source ends as windows of token ids of one length, with a record of where 
 A text is cut into windows that do not overlap, spread evenly over it; nothing is padded.
 """
 
-import hashlib
 import itertools
-import json
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -21,8 +19,9 @@ from torch import Tensor, nn
 from aqlm_tensor.hf_model import tokenize
 from aqlm_tensor.self_generation import GeneratedData, generate_windows
 from aqlm_tensor.sequential import sample_windows
+from aqlm_tensor.work_folder import fingerprint
 
-__all__ = ["CalibrationData", "DatasetText", "TextFile", "TokenFile", "calibration_data", "parse_source"]
+__all__ = ["CalibrationData", "DatasetText", "Source", "TextFile", "TokenFile", "calibration_data", "parse_source"]
 
 _GENERATED = "generated"
 _DATASET = "dataset:"
@@ -162,10 +161,10 @@ def calibration_data(
     if isinstance(source, TokenFile | Tensor | np.ndarray):
         batches = _windows_of_tokens(source, nsamples, seqlen)
         record: dict[str, Any] = {"kind": "tokens"}
-        record |= {"path": str(source.path)} if isinstance(source, TokenFile) else {}
+        record |= {"file": str(source.path)} if isinstance(source, TokenFile) else {}
     elif isinstance(source, TextFile):
         batches = sample_windows(tokenize(_needed("tokenizer", tokenizer, source), source.text), nsamples, seqlen)
-        record = {"kind": "text", "path": str(source.path)}
+        record = {"kind": "text", "file": str(source.path)}
     elif isinstance(source, DatasetText):
         tokens, rows = _dataset_tokens(source, _needed("tokenizer", tokenizer, source), nsamples * seqlen, seed)
         batches = sample_windows(tokens, nsamples, seqlen)
@@ -269,11 +268,8 @@ def _ready(source: Iterable[Any], nsamples: int) -> CalibrationData:
 
 
 def _counts(batches: list[Tensor]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(json.dumps([str(batch.dtype), *batch.shape]).encode())
-        digest.update(batch.detach().cpu().contiguous().numpy().data)
-    return {"batches": len(batches), "tokens": sum(batch.numel() for batch in batches), "sha256": digest.hexdigest()}
+    tokens = sum(batch.numel() for batch in batches)
+    return {"batches": len(batches), "tokens": tokens, "sha256": fingerprint(batches)}
 
 
 def _check_ids(batches: list[Tensor], model: nn.Module | None) -> None:

@@ -43,9 +43,22 @@ def quantize(
     ] = "2x8g8",
     gguf_file: GGUFFile = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="A UTF-8 text to calibrate on. Without it the result is poor, most of all on small models."),
+        str | None,
+        typer.Option(
+            help="What to calibrate on: a UTF-8 text, a .npy or .pt file of token ids, "
+            "dataset:NAME?config=...&split=...&column=..., or 'generated' (the model writes it). Without it the result "
+            "is poor, most of all on small models."
+        ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Instead of --scheme: bits a weight on average; each layer's scheme follows its sensitivity."
+        ),
+    ] = None,
+    schemes: Annotated[
+        str, typer.Option(help="The schemes that --bits chooses from, separated by commas.")
+    ] = "1x8g8,2x8g8,3x8g8,4x8g8",
     nsamples: Annotated[int, typer.Option(min=1, help="Windows of the text to use, at most.")] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of the random initialisation.")] = 0,
@@ -88,6 +101,8 @@ def quantize(
             scheme,
             gguf_file=gguf_file,
             data=data,
+            bits=bits,
+            schemes=schemes,
             nsamples=nsamples,
             seqlen=seqlen,
             seed=seed,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchao.quantization import FqnToConfig
 
 from aqlm_tensor import (
     AQLMWeightConfig,
@@ -21,15 +22,17 @@ from aqlm_tensor import (
     quantize_,
 )
 from aqlm_tensor.activations import PLACES
+from aqlm_tensor.calibration_data import parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
-from aqlm_tensor.cli_arguments import open_model, parse_device, read_text, text_tokens
+from aqlm_tensor.cli_arguments import open_model, parse_device
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stdout, usage
+from aqlm_tensor.cli_prepare import Kept, Wanted, prepare
 from aqlm_tensor.cli_report import block_line, error_table
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
 from aqlm_tensor.run_report import Progress
 from aqlm_tensor.scheme import AQLMScheme
-from aqlm_tensor.sequential import find_blocks, in_blocks, sample_windows
+from aqlm_tensor.sequential import find_blocks, in_blocks, linears_of
 from aqlm_tensor.targets import find_targets
 
 __all__ = ["REPORT_NAME", "batched", "quantize_with_bar", "run"]
@@ -44,7 +47,9 @@ def run(
     scheme: str,
     *,
     gguf_file: str | None,
-    data: Path | None,
+    data: str | None,
+    bits: float | None,
+    schemes: str,
     nsamples: int,
     seqlen: int,
     seed: int,
@@ -68,9 +73,12 @@ def run(
         keep_inputs,
         needing=(finetune, true_sequential, work_dir is not None, resume),
         has_data=data is not None,
+        mixed=bits is not None,
     )
     with usage():
         config = AQLMWeightConfig(scheme, seed=seed)
+        candidates = tuple(str(AQLMScheme.parse(one)) for one in schemes.split(","))
+        origin = None if data is None else parse_source(data)
         source = find_model(model_path, gguf_file)
         check_replaceable(out, force=force)
     if source.kind == "aqlm":
@@ -79,21 +87,23 @@ def run(
         raise UsageError(f"OUT {str(out)!r} is the model's own folder: choose another one")
     if work is not None and not resume and work.exists() and any(work.iterdir()):
         raise UsageError(f"{work} holds an earlier run: go on with it with --resume, or delete it")
-    text = None if data is None else read_text(data)
     parse_device(device)
     # block by block, one block at a time goes to the device
     model, tokenizer = open_model(source, None, dtype, "cpu" if by_block else device)
-    layers = _check_space(model, config, out)
-    batches = []
-    if text is not None:
-        batches = sample_windows(text_tokens(tokenizer, text, seqlen, f"one window of {seqlen}"), nsamples, seqlen)
-        note(f"calibrating on {len(batches)} windows of {seqlen} tokens")
+    layers = _check_space(model, config, out, bits)
+    batches, provenance, mixed = [], {}, None
+    kept = None if work is None else Kept(work)
+    if origin is not None and data is not None:
+        wanted = Wanted(data, nsamples, seqlen, seed, bits, candidates)
+        found, mixed = prepare(model, tokenizer, config, origin, wanted, device=device, kept=kept, resume=resume)
+        batches, provenance = found.batches, found.provenance
+        note(f"calibrating on {len(batches)} windows of {batches[0].shape[1]} tokens")
     tokens = sum(batch.numel() for batch in batches)
     with _resumable(work):
         if work is not None:
             report = quantize_with_bar(
                 model,
-                config,
+                config if mixed is None else mixed.config(config),
                 batches if finetune else batched(batches),  # to tune, one step for each window
                 finetune=FinetuneConfig() if finetune else None,
                 true_sequential=true_sequential,
@@ -101,7 +111,7 @@ def run(
                 keep_inputs=keep_inputs,
                 work_dir=work,
                 resume=resume,
-                data_origin={"file": str(data), "nsamples": nsamples, "seqlen": seqlen, "model": str(source)},
+                data_origin={**provenance, "nsamples": nsamples, "seqlen": seqlen, "model": str(source)},
             )
         elif batches:
             report = _on_dense_inputs(model, config, batched(batches), layers)
@@ -111,17 +121,24 @@ def run(
             save_model(model, tokenizer, out, force=force)
             if isinstance(report, CalibrationReport):
                 (out / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
+            if mixed is not None:
+                (out / "allocation.json").write_text(json.dumps(mixed.as_dict(), indent=1) + "\n", encoding="utf-8")
     if work is not None and work_dir is None:
         shutil.rmtree(work)
+    if kept is not None:
+        kept.remove()
     _print(report, out, tokens, time.monotonic() - start, as_json)
 
 
-def _check_options(by_block: bool, keep_inputs: str, *, needing: tuple[bool, ...], has_data: bool) -> None:
+def _check_options(by_block: bool, keep_inputs: str, *, needing: tuple[bool, ...], has_data: bool, mixed: bool) -> None:
     """Refuse options that only a calibration block by block has, if there is none."""
-    options = "--finetune, --true-sequential, --work-dir and --resume"
-    if any(needing) and not has_data:
-        raise UsageError(f"{options} need --data: without it there is nothing to calibrate on")
-    if any(needing) and not by_block:
+    options = "--bits, --finetune, --true-sequential, --work-dir and --resume"
+    if any((*needing, mixed)) and not has_data:
+        raise UsageError(
+            f"{options} need --data: without it there is nothing to calibrate on (--data generated lets the model "
+            "write some)"
+        )
+    if any((*needing, mixed)) and not by_block:
         raise UsageError(f"{options} work block by block: leave out --no-blockwise")
     if keep_inputs not in PLACES:
         raise UsageError(f"--keep-inputs {keep_inputs!r} is unknown: choose one of {', '.join(PLACES)}")
@@ -147,14 +164,18 @@ def batched(samples: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def quantize_with_bar(
     model: Any,
-    config: AQLMWeightConfig,
+    config: AQLMWeightConfig | FqnToConfig,
     batches: list[torch.Tensor],
     *,
     max_blocks: int | None = None,
     **options: Any,
 ) -> CalibrationReport:
     """`calibrate` with progress bars, the first `max_blocks` blocks (default: all), with more of its options."""
-    layers = len(find_targets(model, config, in_blocks(model, max_blocks))[0])
+    chosen = in_blocks(model, max_blocks)
+    if isinstance(config, FqnToConfig):
+        layers = sum(chosen(target.module, target.fqn) for target in find_targets(model, config, None)[0])
+    else:
+        layers = len(find_targets(model, config, chosen)[0])
     blocks = find_blocks(model)[:max_blocks]
     with bar("layers", layers, "layers", outer=("blocks", len(blocks))) as shown:
         latest: list[LayerReport] = []
@@ -207,15 +228,18 @@ def _on_dense_inputs(
     return _with_bar(model, replace(config, step="convert"), layers)
 
 
-def _check_space(model: Any, config: AQLMWeightConfig, out: Path) -> int:
+def _check_space(model: Any, config: AQLMWeightConfig, out: Path, bits: float | None) -> int:
     """The number of layers that will be quantized, after checking that the scheme fits and the result has space."""
     with usage():
-        targets, _ = find_targets(model, config, in_blocks(model))
+        if bits is None:
+            weights = [target.module.weight for target in find_targets(model, config, in_blocks(model))[0]]
+        else:
+            weights = [layer.weight for layer in linears_of(find_blocks(model))]
     scheme = AQLMScheme.parse(config.scheme)
     needed = sum(parameter.nbytes for parameter in model.parameters())
-    for target in targets:
-        weight = target.module.weight
-        needed += scheme.stored_bits(*weight.shape, float_bits=8 * weight.element_size()) // 8 - weight.nbytes
+    for weight in weights:
+        stored = scheme.stored_bits(*weight.shape, float_bits=8 * weight.element_size())
+        needed += int(stored if bits is None else bits * weight.numel()) // 8 - weight.nbytes
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -225,7 +249,7 @@ def _check_space(model: Any, config: AQLMWeightConfig, out: Path) -> int:
             "folder or make room",
             str(out),
         )
-    return len(targets)
+    return len(weights)
 
 
 def _print(report: QuantizationReport, out: Path, tokens: int, seconds: float, as_json: bool) -> None:

@@ -55,7 +55,7 @@ def test_text_tokens_and_files_of_them_agree(folder: Path, tokenizer: Any, token
     assert all(same(data.batches, expected) for data in found)
     assert {data.provenance["sha256"] for data in found} == {found[0].provenance["sha256"]}
     assert [data.provenance["kind"] for data in found] == ["text", "tokens", "tokens", "tokens", "tokens"]
-    assert found[0].provenance["path"] == str(folder / "text.txt")
+    assert found[0].provenance["file"] == str(folder / "text.txt")
     assert found[0].provenance["tokens"] == 160
     json.dumps([data.provenance for data in found])
     assert calibration_data(tokens + 1, nsamples=5, seqlen=32).provenance["sha256"] != found[0].provenance["sha256"]

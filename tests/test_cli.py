@@ -1,6 +1,7 @@
 """The command line: each command on a tiny model, what bad input gets, and that --help is quick."""
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -10,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
-from aqlm_tensor import cli_quantize, handler
+from aqlm_tensor import AQLMTensor, cli_quantize, handler
 from aqlm_tensor.cli import app
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
@@ -37,10 +39,11 @@ def _no_lasting_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `dense`, `quantized` and `text.txt`."""
+    """Holds `dense`, `quantized`, `text.txt`, and `tokens.npy` that the model lacks."""
     root = tmp_path_factory.mktemp("cli")
     write_dense(root / "dense")
     (root / "text.txt").write_text(TEXT, encoding="utf-8")
+    np.save(root / "tokens.npy", np.arange(500))
     result = run("quantize", root / "dense", root / "quantized", *QUICK, "--data", root / "text.txt")
     assert result.exit_code == 0, result.output
     return root
@@ -186,6 +189,51 @@ def test_fine_tuned_and_resumed_with_a_work_folder(folder: Path, tmp_path: Path)
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_bits_gives_each_layer_a_scheme_of_its_own(folder: Path, tmp_path: Path) -> None:
+    options = ("--bits", "6", "--schemes", "1x4g8,2x4g8,4x4g8", "--nsamples", "4", "--seqlen", "64", "--json")
+    result = run("quantize", folder / "dense", tmp_path / "out", *options, "--data", folder / "text.txt")
+    assert result.exit_code == 0, result.output
+    assert "bits a weight (at most 6)" in result.stderr
+    layers = json.loads(result.stdout)["layers"]
+    assert len(layers) == 14
+    assert sum(layer["bits_per_weight"] * math.prod(layer["shape"]) for layer in layers) <= 6 * sum(
+        math.prod(layer["shape"]) for layer in layers
+    )
+    assert len({layer["scheme"] for layer in layers}) > 1
+    model, _ = load_model(find_model(tmp_path / "out"))
+    assert {layer["scheme"] for layer in layers} == {
+        str(parameter.scheme) for parameter in model.parameters() if isinstance(parameter, AQLMTensor)
+    }
+    allocation = json.loads((tmp_path / "out" / "allocation.json").read_text(encoding="utf-8"))
+    assert allocation["bits_per_weight"] <= allocation["budget"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was prepared is gone at the end"
+
+
+def test_what_was_prepared_is_kept_for_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--bits", "6", "--schemes", "1x4g8,2x4g8", "--nsamples", "4", "--seqlen", "64", "--data", "generated")
+    with monkeypatch.context() as broken:
+        broken.setattr(cli_quantize, "save_model", _disk_full)
+        assert run("quantize", folder / "dense", tmp_path / "out", *options).exit_code == 1
+    assert (tmp_path / "out.work.prepared.safetensors").is_file()
+    monkeypatch.setattr("aqlm_tensor.cli_prepare.calibration_data", _not_again)
+    monkeypatch.setattr("aqlm_tensor.cli_prepare.allocate", _not_again)
+    other = run("quantize", folder / "dense", tmp_path / "out", *options, "--resume", "--seed", "3")
+    assert other.exit_code == 2
+    assert "was made with other options" in other.stderr
+    result = run("quantize", folder / "dense", tmp_path / "out", *options, "--resume")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text(encoding="utf-8"))
+    assert report["data"]["origin"]["kind"] == "generated"
+
+
+def _disk_full(*_arguments: Any, **_options: Any) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
+def _not_again(*_arguments: Any, **_options: Any) -> NoReturn:
+    raise AssertionError("was prepared before")
+
+
 def test_without_data_it_says_so_and_works(folder: Path, tmp_path: Path) -> None:
     result = run("quantize", folder / "dense", tmp_path / "out", "--scheme", "2x4g8")
     assert result.exit_code == 0, result.output
@@ -261,6 +309,19 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "data too short": (
         lambda f: ["quantize", f / "dense", f / "new", *QUICK, "--data", f / "text.txt", "--seqlen", "5000"],
         "700 tokens, fewer than one window of 5000",
+    ),
+    "nothing to measure on": (lambda f: ["quantize", f / "dense", f / "new", "--bits", "2.5"], "need --data"),
+    "too few bits": (
+        lambda f: ["quantize", f / "dense", f / "new", "--bits", "1", "--data", f / "text.txt", "--seqlen", "64"],
+        "1 bits a weight cannot be reached",
+    ),
+    "unknown candidate": (
+        lambda f: ["quantize", f / "dense", f / "new", "--bits", "3", "--schemes", "2x8,x", "--data", f / "text.txt"],
+        "unknown scheme 'x'",
+    ),
+    "tokens of another model": (
+        lambda f: ["quantize", f / "dense", f / "new", *QUICK, "--data", f / "tokens.npy"],
+        "made with another tokenizer",
     ),
     "nothing to tune on": (lambda f: ["quantize", f / "dense", f / "new", "--finetune"], "need --data"),
     "nothing to resume": (
