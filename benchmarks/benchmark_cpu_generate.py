@@ -1,9 +1,9 @@
 """How many tokens a second does a model generate on the CPU: 2x8g8 against dense float32 and bfloat16, in one run.
 
 SmolLM2-135M-Instruct (GGUF Q4_1, dequantized) with every linear layer of its blocks quantized by k-means alone, without
-data: that takes two minutes, ruins the answers and leaves the speed as it is. The logits are compared with those of
-the same model with dequantized weights before anything is timed. Models take turns answering one prompt; the time of
-the prompt itself is not counted.
+data: that takes two minutes, ruins the answers and leaves the speed as it is. Layers that share their input run as one
+(`fuse_`). The logits are compared with those of the same model with dequantized weights before anything is timed.
+Models take turns answering one prompt; the time of the prompt itself is not counted.
 
     python -P benchmarks/benchmark_cpu_generate.py
 """
@@ -20,7 +20,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from rich.progress import Progress
 
-from aqlm_tensor import SolverConfig, aqlm_2x8, quantize_
+from aqlm_tensor import SolverConfig, aqlm_2x8, fuse_, quantize_
 from aqlm_tensor.cli_output import failures, note, phase
 from aqlm_tensor.evaluate import generate
 from aqlm_tensor.hf_model import find_model, load_model
@@ -39,6 +39,7 @@ def make_models() -> tuple[dict[str, Any], Any]:
     quantized = copy.deepcopy(dense)
     with phase("quantizing without data"):
         quantize_(quantized, aqlm_2x8(solver=SolverConfig(max_rounds=0)), filter_fn=in_blocks(quantized))
+    fuse_(quantized)
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with phase("checking"), torch.no_grad():
         logits = quantized(tokens).logits

@@ -2,6 +2,7 @@
 
     python -P benchmarks/benchmark_cpu_linear.py                    # everything, about half an hour
     python -P benchmarks/benchmark_cpu_linear.py --shapes 4096x11008 --schemes 2x8g8 --rows 1 4 8
+    python -P benchmarks/benchmark_cpu_linear.py --input-grad       # grad @ W, the backward, instead
 
 Writes a CSV file and a plot to benchmarks/results/. Weights are random and rotated so that the last-level cache does
 not hold them; every output is compared with the float64 product before anything is timed. Beside each of our times
@@ -24,16 +25,16 @@ from rich.table import Table
 from torch import Tensor
 
 from aqlm_tensor.kernels import ops
-from aqlm_tensor.kernels.numba_linear import method
+from aqlm_tensor.kernels.numba_linear import grad_method, method
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import RESULTS, copies_to_exceed_cache, provenance, settled_seconds, time_in_turn, write_csv
 from limits import Limits, measure
 from plots import plot_ratios
-from providers.dense import dense
+from providers.dense import dense, dense_input_grad
 from providers.official import official, official_runs
-from providers.ours import ours
+from providers.ours import ours, ours_input_grad
 
 SHAPES = ("4096x4096", "4096x11008", "4096x14336", "11008x4096")
 ROWS = (1, 2, 4, 8, 16, 64, 256)
@@ -76,22 +77,23 @@ def make_setting(scheme: AQLMScheme, in_features: int, out_features: int, cache_
     return Setting(scheme, in_features, out_features, parts, by_dtype)
 
 
-def candidates(setting: Setting, x: Tensor, threads: int) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
-    """Names and functions of everything to be timed for these rows of x."""
-    yield "dense fp32", dense(setting.dense[torch.float32], x, torch.float32)
-    yield "dense bf16", dense(setting.dense[torch.bfloat16], x, torch.bfloat16)
-    yield "ours fp32", ours(setting.parts, x, torch.float32)
-    yield "ours bf16", ours(setting.parts, x, torch.bfloat16)
-    if official_runs(setting.parts[0]) and x.shape[0] <= OFFICIAL_ROWS:
+def candidates(setting: Setting, x: Tensor, threads: int, grad: bool) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
+    """Names and functions of everything to be timed for these rows of x, or (grad) of the output's gradient."""
+    theirs, mine = (dense_input_grad, ours_input_grad) if grad else (dense, ours)
+    yield "dense fp32", theirs(setting.dense[torch.float32], x, torch.float32)
+    yield "dense bf16", theirs(setting.dense[torch.bfloat16], x, torch.bfloat16)
+    yield "ours fp32", mine(setting.parts, x, torch.float32)
+    yield "ours bf16", mine(setting.parts, x, torch.bfloat16)
+    if not grad and official_runs(setting.parts[0]) and x.shape[0] <= OFFICIAL_ROWS:
         yield "official fp32", official(setting.parts, x, threads)
 
 
-def limits_ms(setting: Setting, rows: int, threads: int, limits: Limits) -> dict[str, float]:
+def limits_ms(setting: Setting, rows: int, threads: int, grad: bool, limits: Limits) -> dict[str, float]:
     """Least milliseconds for the codes' way from memory and for the lookups or multiplications of our kernel."""
     codes, codebooks, _ = setting.parts[0]
     memory = codes.nbytes / limits.bytes_read[threads]
-    way = method(rows, codes.shape, codebooks.shape)
-    if way == "lookup":
+    way = (grad_method if grad else method)(rows, codes.shape, codebooks.shape)
+    if way in ("lookup", "scatter"):
         work = codes.numel() * -(-rows // 16) / limits.loads
     elif way == "gather":  # 8 floats a load
         work = codes.numel() * -(-rows // 4) * -(-codebooks.shape[-1] // 8) / limits.loads
@@ -100,12 +102,16 @@ def limits_ms(setting: Setting, rows: int, threads: int, limits: Limits) -> dict
     return {"limit_memory_ms": round(1e3 * memory, 3), "limit_work_ms": round(1e3 * work / threads, 3)}
 
 
-def measure_case(setting: Setting, rows: int, threads: int, limits: Limits, seconds: float) -> Iterator[dict[str, Any]]:
-    """One result per candidate, for one number of rows and threads."""
+def measure_case(
+    setting: Setting, rows: int, threads: int, grad: bool, limits: Limits, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """One result per candidate, for one number of rows and threads; for the backward if `grad`."""
     torch.set_num_threads(threads)
-    x = torch.randn(rows, setting.in_features, generator=torch.Generator().manual_seed(rows))
-    calls = dict(candidates(setting, x, threads))
-    reference = x.double() @ setting.dense[torch.float32][0].double().T
+    weight = setting.dense[torch.float32][0].double()
+    weight = weight.T if grad else weight
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
+    calls = dict(candidates(setting, x, threads, grad))
+    reference = x.double() @ weight.T
     errors = {}
     for name, call in calls.items():
         errors[name] = float((call(0).double() - reference).norm() / reference.norm())
@@ -126,7 +132,7 @@ def measure_case(setting: Setting, rows: int, threads: int, limits: Limits, seco
             "rounds": timing.rounds,
             "error": f"{errors[name]:.2e}",
             "verdict": "WRONG" if wrong else "right",
-            **(limits_ms(setting, rows, threads, limits) if name == "ours fp32" else dict.fromkeys(_LIMITS, "")),
+            **(limits_ms(setting, rows, threads, grad, limits) if name == "ours fp32" else dict.fromkeys(_LIMITS, "")),
         }
 
 
@@ -165,6 +171,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--input-grad", action="store_true", help="time grad @ W instead of x @ W.T")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on the rounds of one case")
     parser.add_argument("--cache-mb", type=int, default=64, help="weights in rotation exceed twice this many MB")
     parser.add_argument("--output", type=Path, help="CSV file; the plot goes beside it")
@@ -173,7 +180,9 @@ def main() -> None:
     origin = provenance(("torch", "numba", *(["aqlm"] if importlib.util.find_spec("aqlm") else [])))
     limits = measure(tuple(options.threads))
     console.print(f"{origin['device']}; {limits}")
-    output = options.output or RESULTS / f"cpu_linear_{origin['date'][:10]}.csv"
+    output = (
+        options.output or RESULTS / f"cpu_{'input_grad' if options.input_grad else 'linear'}_{origin['date'][:10]}.csv"
+    )
     results: list[dict[str, Any]] = []
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(options.shapes) * len(options.schemes) * len(options.rows))
@@ -184,7 +193,8 @@ def main() -> None:
                 for rows in options.rows:
                     progress.update(task, description=f"{shape} {scheme}, {rows} rows")
                     for threads in options.threads:
-                        results.extend(measure_case(setting, rows, threads, limits, options.seconds))
+                        case = measure_case(setting, rows, threads, options.input_grad, limits, options.seconds)
+                        results.extend(case)
                     progress.advance(task)
                 write_csv(output, results, origin)
     show(results, console)
