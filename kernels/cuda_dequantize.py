@@ -1,122 +1,136 @@
 """Decode whole weights on NVIDIA GPUs, and multiply many tokens by decoding a piece of the weight at a time.
 
 Decoding is bound by memory: 8192 x 28672 from 2x8g8 takes 200 us on one H100, 2.6 TB/s read and written where a plain
-copy moves 3.0. For more than some hundred tokens a product is bound by arithmetic, and
-cuBLAS on decoded pieces is hard to beat; the pieces reuse one workspace of at most 128 MiB, so no dense weight is ever
-kept. Gradients with respect to the input take the same road at every size: `grad @ W` reads the decoded rows as they
-are. For schemes of up to eight codebooks of at most 256 entries over groups of 8 inputs.
+copy moves 3.0. For more than some hundred tokens a product is bound by arithmetic, and cuBLAS on decoded pieces is hard
+to beat; the pieces share one workspace (`aqlm_tensor.kernels.pieces`), so no dense weight is ever kept. Gradients with
+respect to the input take the same road at every size. For schemes of up to eight codebooks over groups of a multiple of
+8 inputs, up to 64; codebooks beyond shared memory (1x16) are gathered from L2.
 """
 
+import functools
+import importlib.util
 import struct
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from aqlm_tensor.kernels import cuda_runtime
-from aqlm_tensor.kernels.reference import partitioned
+from aqlm_tensor.kernels import cuda_runtime, pieces
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["WORKSPACE_BYTES", "dequantize", "linear", "linear_input_grad", "supports"]
+__all__ = ["Plan", "dequantize", "linear", "linear_input_grad", "plan", "slower_than_next", "supports"]
 
-WORKSPACE_BYTES = 128 << 20
 _SOURCE = "dequantize.cu"
 _PARAMS = struct.Struct("4Qq2i")
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _WARPS = 8
-_GROUPS_PER_TURN = 256
-_SHARED_BYTES = 64 << 10  # of books per block: leaves two blocks or more on a multiprocessor of sm_80 and later
+_COPIES_BYTES = 64 << 10  # of books per block with all copies: leaves two blocks or more on an sm_80 multiprocessor
 
 
 def supports(problem: Problem) -> str | None:
     """Why these kernels cannot run a problem, or None if they can."""
-    return cuda_runtime.why_not_groups_of_8(problem, range(1, 9), _DTYPES)
+    scheme = problem.scheme
+    if scheme.in_group_size % 8 or scheme.in_group_size > 64 or scheme.out_group_size != 1:
+        return f"needs groups of 8, 16, ... 64 inputs and 1 output, not {scheme}"
+    if scheme.num_codebooks > 8:
+        return f"needs at most 8 codebooks, not {scheme}"
+    if problem.dtype not in _DTYPES:
+        return f"computes in float32, float16 or bfloat16, not {problem.dtype}"
+    return cuda_runtime.why_not_on(problem.device, problem.dtype)
+
+
+def slower_than_next(problem: Problem) -> str | None:
+    """Why the Triton kernel, which multiplies few tokens without decoding the weight first, is the better choice."""
+    if problem.op != "linear" or importlib.util.find_spec("triton") is None:
+        return None
+    from aqlm_tensor.kernels import triton_linear
+
+    if problem.rows > triton_linear.MAX_TOKENS or triton_linear.supports(problem) is not None:
+        return None
+    return f"slower than triton for 1 to {triton_linear.MAX_TOKENS} rows of x"
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """The weight [O, I] that codes [O, I / 8, K] stand for, each element rounded once to the codebooks' dtype.
+    """The weight [O, I] that codes [O, I / G, K] stand for, each element rounded once to the codebooks' dtype.
 
     Args:
-        codes: [O, I / 8, K] int8.
-        codebooks: [K, 2^N, 1, 8], or [P, K, 2^N, 1, 8] for P equal row partitions.
+        codes: [O, I / G, K].
+        codebooks: [K, 2^N, 1, G], or [P, K, 2^N, 1, G] for P equal row partitions.
         scales: [O, 1, 1, 1].
     """
-    out = codebooks.new_empty(codes.shape[0], codes.shape[1] * 8)
-    if out.numel():
-        _decode_into(out, codes, partitioned(codebooks), scales)
-    return out
+    return pieces.dequantize(codes, codebooks, scales, _decode_into)
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.t() + bias``, a piece of W's rows at a time: x [M, I] to [M, O]."""
-    out = x.new_empty(x.shape[0], codes.shape[0])
-    for rows, weight in _pieces(codes, codebooks, scales):
-        out[:, rows] = F.linear(x, weight, None if bias is None else bias[rows])
-    return out
+    return pieces.linear(x, codes, codebooks, scales, bias, _decode_into)
 
 
 def linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """``grad @ W``, pieces of W's rows added in float32 in their order: grad [M, O] to [M, I]."""
-    pieces = list(_row_pieces(codes, codebooks))
-    if len(pieces) == 1:
-        return grad @ dequantize(codes, codebooks, scales)
-    total = grad.new_zeros(grad.shape[0], codes.shape[1] * 8, dtype=torch.float32)
-    for rows, weight in _pieces(codes, codebooks, scales):
-        part = grad[:, rows]
-        total += part @ weight if grad.dtype == torch.float32 else torch.mm(part, weight, out_dtype=torch.float32)
-    return total.to(grad.dtype)
+    return pieces.linear_input_grad(grad, codes, codebooks, scales, _decode_into)
 
 
-def _row_pieces(codes: Tensor, codebooks: Tensor) -> Iterator[tuple[int, slice]]:
-    """Partition and rows of each piece; a piece lies within one partition and fits the workspace."""
-    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
-    size = codes.shape[0] // partitions
-    bytes_per_row = max(1, codes.shape[1] * 8 * codebooks.element_size())
-    step = max(1, WORKSPACE_BYTES // bytes_per_row)
-    for partition in range(partitions):
-        for first in range(partition * size, (partition + 1) * size, step):
-            yield partition, slice(first, min(first + step, (partition + 1) * size))
+@dataclass(frozen=True)
+class Plan:
+    """How weights of one scheme are decoded on a device.
+
+    Attributes:
+        defines: the kernel's compile-time constants, but for ALIGNED.
+        shared_bytes: dynamic shared memory of a block; 0 if the codebooks stay in global memory.
+        resident: blocks on a multiprocessor.
+        pieces_per_turn: 16-byte pieces of a row that a warp decodes at once.
+    """
+
+    defines: tuple[tuple[str, int], ...]
+    shared_bytes: int
+    resident: int
+    pieces_per_turn: int
 
 
-def _pieces(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their decoded weight, one after another in the same workspace."""
-    pieces = list(_row_pieces(codes, codebooks))
-    most = max((rows.stop - rows.start for _, rows in pieces), default=0)
-    workspace = codebooks.new_empty(most, codes.shape[1] * 8)
-    books = partitioned(codebooks)
-    for partition, rows in pieces:
-        weight = workspace[: rows.stop - rows.start]
-        if weight.numel():
-            _decode_into(weight, codes[rows], books[partition : partition + 1], scales[rows])
-        yield rows, weight
+@functools.cache
+def plan(num_books: int, size: int, group: int, dtype: torch.dtype, limit: int) -> Plan:
+    """The plan for a scheme on a device that gives a block up to `limit` bytes of shared memory."""
+    book_bytes = num_books * size * group * dtype.itemsize
+    copies = next((c for c in (8, 4, 2) if book_bytes * c <= _COPIES_BYTES), int(book_bytes <= limit))
+    shared_bytes = book_bytes * copies
+    unroll = 8 if num_books * (1 if size <= 256 else 2) <= 8 else 4
+    defines = (
+        ("NUM_BOOKS", num_books),
+        ("NBITS", size.bit_length() - 1),
+        ("GROUP", group),
+        ("DTYPE", _DTYPES[dtype]),
+        ("COPIES", copies),
+        ("UNROLL", unroll),
+    )
+    # More blocks that share a multiprocessor write no faster, but gathers from L2 need many in flight (one H100).
+    resident = 4 if not copies else 2 if 2 * (shared_bytes + 1024) <= limit else 1
+    return Plan(defines, shared_bytes, resident, 32 * unroll)
+
+
+@functools.cache
+def _kernel(plan: Plan, aligned: bool, index: int) -> cuda_runtime.Kernel:
+    defines = (*plan.defines, ("ALIGNED", int(aligned)))
+    return cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, index, plan.shared_bytes)
 
 
 def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
-    """Write the weight of codes [O, I / 8, K] with codebooks [P, K, 2^N, 1, 8] into the contiguous `out` [O, I]."""
-    partitions, books, size = codebooks.shape[:3]
+    """Write the weight of codes [O, I / G, K] with codebooks [P, K, 2^N, 1, G] into the contiguous `out` [O, I]."""
+    partitions, books, size, _, group = codebooks.shape
     if codes.stride(2) != 1 or codes.stride(1) != books:
         codes = codes.contiguous()
     if not codebooks.is_contiguous() or codebooks.data_ptr() % 16:
         codebooks = codebooks.clone(memory_format=torch.contiguous_format)
     scales = scales.contiguous()
     rows, groups = codes.shape[0] // partitions, codes.shape[1]
-    entry_bytes = 8 * codebooks.element_size()
-    copies = next(c for c in (8, 4, 2, 1) if c == 1 or books * size * entry_bytes * c <= _SHARED_BYTES)
-    shared_bytes = books * size * entry_bytes * copies
-    defines = (
-        ("NUM_BOOKS", books),
-        ("NBITS", size.bit_length() - 1),
-        ("DTYPE", _DTYPES[out.dtype]),
-        ("COPIES", copies),
-        ("ALIGNED", int((codes.data_ptr() | codes.stride(0)) % books == 0)),
-    )
+    code_bytes = books * codes.element_size()
+    index = out.device.index
     with cuda_runtime.on_device(out.device):
-        kernel = cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, out.device.index, shared_bytes)
-        processors, limit = cuda_runtime.device_limits(out.device.index)
-        resident = 2 if 2 * (shared_bytes + 1024) <= limit else 1  # more of them write no faster (one H100)
-        turns = rows * -(-groups // _GROUPS_PER_TURN)
-        grid = (min(-(-turns // _WARPS), max(1, resident * processors // partitions)), partitions, 1)
+        processors, limit = cuda_runtime.device_limits(index)
+        chosen = plan(books, size, group, out.dtype, limit)
+        kernel = _kernel(chosen, (codes.data_ptr() | codes.stride(0) * codes.element_size()) % code_bytes == 0, index)
+        turns = rows * -(-groups * group * out.element_size() // (16 * chosen.pieces_per_turn))
+        blocks = min(-(-turns // _WARPS), max(1, chosen.resident * processors // partitions))
         values = (
             codes.data_ptr(),
             codebooks.data_ptr(),
@@ -126,4 +140,4 @@ def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) 
             rows,
             groups,
         )
-        kernel.launch(grid, _WARPS * 32, shared_bytes, _PARAMS.pack(*values))
+        kernel.launch((blocks, partitions, 1), _WARPS * 32, chosen.shared_bytes, _PARAMS.pack(*values))

@@ -1,4 +1,4 @@
-"""1 to 64 tokens on NVIDIA GPUs: weights looked up from shared memory straight into tensor-core fragments.
+"""1 to 256 tokens on NVIDIA GPUs, 64 at once: weights looked up from shared memory straight into tensor-core operands.
 
 For schemes of one, two or four codebooks of up to 256 entries over groups of 8 inputs (1x8g8, 2x8g8, 4x8g8). The
 weight is never stored: one launch reads the codes once and is bound by the lookups (16 bytes of shared memory each) up
@@ -8,22 +8,20 @@ and launch shape are chosen here, by arithmetic on the shape and the device's pr
 
 import functools
 import math
-import struct
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_lookup_hopper, cuda_runtime
+from aqlm_tensor.kernels.cuda_linear_launch import ROWS_PER_TILE, Operands, Shape, launch
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
     "MAX_TOKENS",
     "Plan",
-    "Shape",
     "Variant",
     "choose_plan",
-    "finish",
     "linear",
     "plan_with",
     "run_plan",
@@ -31,12 +29,9 @@ __all__ = [
     "variant_defines",
 ]
 
-MAX_TOKENS = 64
+MAX_TOKENS = 256
+_TOKENS_AT_ONCE = 64
 _SOURCE = "lookup_linear.cu"
-_PARAMS = struct.Struct("7Q2q8i")
-_FINISH_PARAMS = struct.Struct("4Q2qi4x")
-_FINISH_THREADS = 256
-_ROWS_PER_TILE = 16
 _L2_BYTES_PER_CYCLE = 20  # of one multiprocessor while the codes stream in, measured on one H100
 # Keeping all of x staged must leave room in L1, which has the rest of the shared memory, for the loads in flight: with
 # less than 60 KB of it 8 tokens of 8192 x 28672 took 59 us instead of 51 (one H100).
@@ -69,7 +64,7 @@ class Variant:
     def sum_bytes(self, tokens: int) -> int:
         """Shared memory in which the k warps' accumulators are added."""
         tiles_per_round = max(1, self.row_tiles // self.token_tiles)
-        return self.k_warps * tokens * (_ROWS_PER_TILE * tiles_per_round * self.row_warps + 4) * 4
+        return self.k_warps * tokens * (ROWS_PER_TILE * tiles_per_round * self.row_warps + 4) * 4
 
 
 VARIANTS = (
@@ -90,18 +85,6 @@ class Plan:
     shared_bytes: int
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a plan depends on: codebooks, bits of a code, tokens, rows and groups of one of the equal row partitions."""
-
-    books: int
-    nbits: int
-    tokens: int
-    rows: int
-    groups: int
-    partitions: int
-
-
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot run a problem, or None if it can."""
     if problem.op != "linear":
@@ -114,7 +97,7 @@ def supports(problem: Problem) -> str | None:
 def _cycles(shape: Shape, variant: Variant, splits: int, grid_x: int) -> float:
     """Estimated time of one block: its lookups and staged reads, tensor-core work or traffic, whichever is longest."""
     per_lane = variant.groups_per_lane
-    tiles = math.ceil(math.ceil(shape.rows / _ROWS_PER_TILE) / grid_x)
+    tiles = math.ceil(math.ceil(shape.rows / ROWS_PER_TILE) / grid_x)
     batches = math.ceil(tiles / variant.batch)
     superblocks = math.ceil(math.ceil(shape.groups / (4 * per_lane)) / splits)
     steps = math.ceil(superblocks / variant.k_warps) * variant.k_warps * per_lane
@@ -141,7 +124,7 @@ def _fit(shape: Shape, variant: Variant, superblocks: int, limit: int) -> tuple[
 
 def plan_with(shape: Shape, variant: Variant, processors: int, limit: int) -> Plan | None:
     """The best launch shape for a variant on a device, or None if it needs more shared memory than `limit`."""
-    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    tiles = math.ceil(shape.rows / ROWS_PER_TILE)
     per_lane = variant.groups_per_lane
     superblocks = math.ceil(shape.groups / (4 * per_lane))
     best: tuple[float, Plan] | None = None
@@ -206,7 +189,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     """``x @ W.t() + bias`` for the weight W that the codes stand for.
 
     Args:
-        x: [tokens, in_features], 1 to 64 tokens, float16 or bfloat16.
+        x: [tokens, in_features], 1 to 256 tokens, float16 or bfloat16.
         codes: [out_features, in_features / 8, K] int8.
         codebooks: [K, 2^N, 1, 8], or [P, K, 2^N, 1, 8] for P equal row partitions; dtype of x.
         scales: [out_features, 1, 1, 1], dtype of x.
@@ -222,105 +205,33 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if not out.numel():
         return out
     operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
+    shape = Shape(books, nbits, x.shape[0], out_features // partitions, groups, partitions)
     with cuda_runtime.on_device(x.device):
-        processors, limit = cuda_runtime.device_limits(x.device.index)
-        at_once = x.shape[0]
-        shape = Shape(books, nbits, at_once, out_features // partitions, groups, partitions)
-        if cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
-            _run_hopper(shape, cuda_lookup_hopper.choose_plan(shape, processors), out, *operands)
-            return out
-        while (plan := choose_plan(shape, processors, limit)) is None:
-            assert at_once > 8, "8 tokens fit every supported device"
-            at_once = max(8, at_once // 16 * 8)
-            shape = replace(shape, tokens=at_once)
-        for first in range(0, x.shape[0], at_once):
-            rows = slice(first, first + at_once)
-            if x.shape[0] - first < at_once:
-                shape = replace(shape, tokens=x.shape[0] - first)
-                plan = choose_plan(shape, processors, limit)
-                assert plan is not None, "fewer tokens need less shared memory"
-            run_plan(shape, plan, out[rows], operands[0][rows], *operands[1:])
+        _product(shape, out, operands, _TOKENS_AT_ONCE, *cuda_runtime.device_limits(x.device.index))
     return out
 
 
-def _run_hopper(
-    shape: Shape,
-    plan: cuda_lookup_hopper.Plan,
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> None:
-    partial = cuda_lookup_hopper.launch(shape, plan, out, x, codes, codebooks, scales, bias)
-    if partial is not None:
-        finish(partial, scales, bias, out)
+def _product(shape: Shape, out: Tensor, operands: Operands, at_once: int, processors: int, limit: int) -> None:
+    """Write `linear` of prepared operands into `out`, by several launches if there are more than `at_once` tokens."""
+    if shape.tokens > at_once:
+        for first in range(0, shape.tokens, at_once):
+            some = slice(first, min(first + at_once, shape.tokens))
+            part = replace(shape, tokens=some.stop - first)
+            _product(part, out[some], (operands[0][some], *operands[1:]), at_once, processors, limit)
+    elif cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
+        cuda_lookup_hopper.run_plan(shape, cuda_lookup_hopper.choose_plan(shape, processors), out, operands)
+    elif (plan := choose_plan(shape, processors, limit)) is not None:
+        run_plan(shape, plan, out, operands)
+    else:
+        assert at_once > 8, "8 tokens fit every supported device"
+        _product(shape, out, operands, max(8, shape.tokens // 16 * 8), processors, limit)
 
 
-def run_plan(
-    shape: Shape,
-    plan: Plan,
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> None:
+def run_plan(shape: Shape, plan: Plan, out: Tensor, operands: Operands) -> None:
     """Write `linear` of prepared operands into the rows `out` with a given plan, on the current device."""
-    lane_bytes = plan.variant.groups_per_lane * shape.books
-    aligned = (
-        shape.groups % plan.variant.groups_per_lane == 0 and (codes.data_ptr() | codes.stride(0)) % lane_bytes == 0
-    )
-    kernel = _kernel(shape, plan, x.dtype, aligned, x.device.index)
-    splits = plan.grid[1]
-    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else None
-    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
-    superblocks = math.ceil(shape.groups / (4 * plan.variant.groups_per_lane))
-    values = (
-        x.data_ptr(),
-        codes.data_ptr(),
-        codebooks.data_ptr(),
-        scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        0 if partial is None else partial.data_ptr(),
-        x.stride(0),
-        codes.stride(0),
-        shape.tokens,
-        shape.rows,
-        shape.groups,
-        tiles // plan.grid[0],
-        tiles % plan.grid[0],
-        superblocks // splits,
-        superblocks % splits,
-        plan.slots,
-    )
-    kernel.launch(plan.grid, plan.variant.warps * 32, plan.shared_bytes, _PARAMS.pack(*values))
-    if partial is not None:
-        finish(partial, scales, bias, out)
-
-
-def finish(partial: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write ``partial.sum(0) * scales + bias`` into `out`, adding in order, on the current device.
-
-    Args:
-        partial: [splits, tokens, out_features] float32.
-        scales: [out_features, 1, 1, 1], contiguous.
-        bias: [out_features], contiguous, or None.
-        out: [tokens, out_features], contiguous.
-    """
-    defines = (("DTYPE_BF16", int(out.dtype == torch.bfloat16)),)
-    kernel = cuda_runtime.load_kernel("finish_linear.cu", "finish_linear", defines, out.device.index)
-    values = (
-        partial.data_ptr(),
-        scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.shape[1],
-        out.numel(),
-        partial.shape[0],
-    )
-    grid = (math.ceil(out.numel() / _FINISH_THREADS), 1, 1)
-    kernel.launch(grid, _FINISH_THREADS, 0, _FINISH_PARAMS.pack(*values), overlap=True)
+    variant, codes = plan.variant, operands[1]
+    lane_bytes = variant.groups_per_lane * shape.books
+    aligned = shape.groups % variant.groups_per_lane == 0 and (codes.data_ptr() | codes.stride(0)) % lane_bytes == 0
+    kernel = _kernel(shape, plan, out.dtype, aligned, out.device.index)
+    threads, superblock = variant.warps * 32, 4 * variant.groups_per_lane
+    launch(kernel, shape, plan.grid, threads, plan.shared_bytes, out, operands, superblock=superblock, slots=plan.slots)

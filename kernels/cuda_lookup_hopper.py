@@ -8,26 +8,20 @@ instruction.
 
 import functools
 import math
-import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.cuda_linear_launch import ROWS_PER_TILE, Operands, Shape, launch
 
-if TYPE_CHECKING:
-    from aqlm_tensor.kernels.cuda_lookup import Shape
-
-__all__ = ["Plan", "choose_plan", "launch", "plan_defines", "runs", "wins"]
+__all__ = ["Plan", "choose_plan", "plan_defines", "run_plan", "runs", "wins"]
 
 _SOURCE = "lookup_wgmma.cu"
-_PARAMS = struct.Struct("7Q2q7i4x")
 _CAPABILITY = (9, 0)
 _THREADS = 640
 _WARPS = 16  # that own row tiles
-_ROWS_PER_TILE = 16
 _LANE_BYTES = 16  # codes that a lane loads at once from one row
 _COPIES = 8
 # Measured on one H100: the share of shared memory's wavefronts that are used when all warps have rows, what a launch
@@ -51,7 +45,7 @@ class Plan:
     shared_bytes: int
 
 
-def runs(shape: "Shape", codes: Tensor) -> bool:
+def runs(shape: Shape, codes: Tensor) -> bool:
     """Whether this form can run a shape with such codes: whole aligned vectors of them per lane, on Hopper."""
     return (
         torch.cuda.get_device_capability(codes.device) == _CAPABILITY
@@ -60,16 +54,13 @@ def runs(shape: "Shape", codes: Tensor) -> bool:
     )
 
 
-_SELECTED = False  # the last changes, for blocks that no part of K consumes, have yet to be run on a GPU
-
-
-def wins(shape: "Shape") -> bool:
+def wins(shape: Shape) -> bool:
     """Whether this form is the faster one for a shape, as measured on one H100.
 
     With 32 tokens of 2x8g8 it takes 68 us against 75 at 8192 x 28672 (in x out), with 64 tokens 90 against 107. Up to
     16 tokens both are alike. For 64 tokens and 4096 inputs it is the slower one: 31 us against 30 at 4096 x 14336.
     """
-    if not _SELECTED or shape.tokens <= _ALIKE_TOKENS:
+    if shape.tokens <= _ALIKE_TOKENS:
         return False
     if shape.tokens <= 32:
         return shape.books <= 2
@@ -80,13 +71,13 @@ def _shared_bytes(books: int, nbits: int, token_tiles: int) -> int:
     """Dynamic shared memory: codebooks, ring of staged x with its barriers, scratch; as in ``lookup_wgmma.cu``."""
     slots = 6 if token_tiles == 8 else 8
     steps = 4 if token_tiles == 8 or books > 2 else 8
-    slot = steps * (512 * token_tiles + 16) + 16
+    slot = steps * (512 * token_tiles + 128 // steps) + 16
     return math.ceil(books / 2) * (32 * _COPIES << nbits) + slots * slot + 16
 
 
-def _cycles(shape: "Shape", token_tiles: int, k_groups: int, splits: int, grid_x: int) -> float:
+def _cycles(shape: Shape, token_tiles: int, k_groups: int, splits: int, grid_x: int) -> float:
     """Estimated time of one block: its wavefronts of shared memory, or reading x if that takes longer."""
-    tiles = math.ceil(math.ceil(shape.rows / _ROWS_PER_TILE) / grid_x)
+    tiles = math.ceil(math.ceil(shape.rows / ROWS_PER_TILE) / grid_x)
     batches = math.ceil(tiles * k_groups / _WARPS)
     steps = math.ceil(shape.groups / 4 / splits)
     products = 16 * token_tiles // k_groups  # x, read by each warpgroup's instructions
@@ -99,10 +90,10 @@ def _cycles(shape: "Shape", token_tiles: int, k_groups: int, splits: int, grid_x
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_plan(shape: "Shape", processors: int) -> Plan:
+def choose_plan(shape: Shape, processors: int) -> Plan:
     """The launch shape with the least estimated time for a shape of up to 64 tokens."""
     token_tiles = next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= shape.tokens)
-    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
+    tiles = math.ceil(shape.rows / ROWS_PER_TILE)
     superblocks = math.ceil(shape.groups * shape.books / (4 * _LANE_BYTES))
     best: tuple[float, Plan] | None = None
     for splits in (1, 2, 4, 8):
@@ -120,7 +111,7 @@ def choose_plan(shape: "Shape", processors: int) -> Plan:
     return best[1]
 
 
-def plan_defines(shape: "Shape", plan: Plan, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+def plan_defines(shape: Shape, plan: Plan, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     """The compile-time constants of the kernel for a plan."""
     return (
         ("NUM_BOOKS", shape.books),
@@ -134,47 +125,12 @@ def plan_defines(shape: "Shape", plan: Plan, dtype: torch.dtype) -> tuple[tuple[
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(shape: "Shape", plan: Plan, dtype: torch.dtype, index: int) -> cuda_runtime.Kernel:
+def _kernel(shape: Shape, plan: Plan, dtype: torch.dtype, index: int) -> cuda_runtime.Kernel:
     return cuda_runtime.load_kernel(_SOURCE, "lookup_wgmma", plan_defines(shape, plan, dtype), index, plan.shared_bytes)
 
 
-def launch(
-    shape: "Shape",
-    plan: Plan,
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> Tensor | None:
-    """Write the product of prepared operands into `out` [tokens, out_features], on the current device.
-
-    Returns:
-        None, or the partial sums [splits, tokens, out_features] in float32 that `cuda_lookup.finish` must still add.
-    """
-    kernel = _kernel(shape, plan, x.dtype, x.device.index)
-    splits = plan.grid[1]
-    partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if splits > 1 else None
-    tiles = math.ceil(shape.rows / _ROWS_PER_TILE)
-    superblocks = math.ceil(shape.groups * shape.books / (4 * _LANE_BYTES))
-    values = (
-        x.data_ptr(),
-        codes.data_ptr(),
-        codebooks.data_ptr(),
-        scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        0 if partial is None else partial.data_ptr(),
-        x.stride(0),
-        codes.stride(0),
-        shape.tokens,
-        shape.rows,
-        shape.groups,
-        tiles // plan.grid[0],
-        tiles % plan.grid[0],
-        superblocks // splits,
-        superblocks % splits,
-    )
-    kernel.launch(plan.grid, _THREADS, plan.shared_bytes, _PARAMS.pack(*values))
-    return partial
+def run_plan(shape: Shape, plan: Plan, out: Tensor, operands: Operands) -> None:
+    """Write the product of prepared operands into `out` [tokens, out_features], on the current device."""
+    kernel = _kernel(shape, plan, out.dtype, out.device.index)
+    superblock = 4 * _LANE_BYTES // shape.books
+    launch(kernel, shape, plan.grid, _THREADS, plan.shared_bytes, out, operands, superblock=superblock)

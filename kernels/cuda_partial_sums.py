@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_lookup, cuda_runtime
+from aqlm_tensor.kernels.cuda_linear_launch import finish
 from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
@@ -101,5 +102,5 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
             units % ranges,
         )
         kernel.launch((chunks, ranges, partitions), _THREADS, _SHARED_BYTES, _PARAMS.pack(*values))
-        cuda_lookup.finish(partial, scales, bias, out)
+        finish(partial, scales, bias, out)
     return out

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aqlm_tensor.kernels import cuda_lookup, cuda_runtime
+from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.cuda_linear_launch import finish
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
@@ -254,4 +255,4 @@ def run_plan(
         plan.slots,
     )
     multiply.launch(plan.grid, variant.warps * 32, plan.shared_bytes, _PARAMS.pack(*values), overlap=True)
-    cuda_lookup.finish(partial, scales, bias, out)
+    finish(partial, scales, bias, out)

@@ -77,6 +77,7 @@ def test_needs_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("fused", [False, True])
 def test_on_a_gpu(fused: bool) -> None:
     torch.compiler.reset()

@@ -1,4 +1,5 @@
-// Codebooks in shared memory and the lookup of 16-byte entries, for kernels that decode weights into tensor-core fragments.
+// Codebooks in shared memory and the lookup of 16-byte entries, for kernels that decode weights into tensor-core fragments,
+// and their parameters.
 //
 // Compile-time constants: NUM_BOOKS, NBITS, DTYPE_BF16, GROUPS_PER_LANE (groups of one row that a lane decodes from one
 // load of codes), COPIES (of each entry, in neighbouring 16-byte columns: with 8, no lookups collide in a bank).
@@ -13,6 +14,23 @@ constexpr int kHalfBytes = 16 * COPIES;
 constexpr int kRowBytes = COPIES == 8 || NUM_BOOKS > 1 ? 2 * kHalfBytes : kHalfBytes;
 constexpr int kTableBytes = kRowBytes << NBITS;
 constexpr int kBooksBytes = (NUM_BOOKS + 1) / 2 * kTableBytes;
+
+// What both kernels take; `cuda_linear_launch.py` packs it.
+struct LinearParams {
+  const u16* x;         // [tokens, 8 * groups]
+  const u8* codes;      // [partitions * rows, groups, NUM_BOOKS]
+  const u16* books;     // [partitions, NUM_BOOKS, 2^NBITS, 8]
+  const u16* scales;    // [partitions * rows]
+  const u16* bias;      // [partitions * rows] or null
+  u16* out;             // [tokens, partitions * rows]
+  float* partial;       // [splits, tokens, partitions * rows] if gridDim.y > 1
+  long long x_stride;   // elements
+  long long code_stride;  // bytes from one row of codes to the next
+  int tokens, rows, groups;
+  int tiles_each, tiles_over;    // tiles per block of the grid's x; the first `tiles_over` blocks take one more
+  int blocks_each, blocks_over;  // superblocks per block of the grid's y, likewise
+  int slots;                     // lookup_linear.cu: staged superblocks of x per k warp
+};
 
 // A barrier among the block's first THREADS threads.
 template <int THREADS>

@@ -1,33 +1,41 @@
-// weight[o, 8g .. 8g + 7] = scale[o] * sum over c of books[c, codes[o, g, c]]: written once, in full 16-byte stores, which
-// is what bounds it. A lane takes one group, a warp neighbouring groups of one row, so that its stores are one piece. The
-// codebooks stand in shared memory COPIES times, copy c in the c-th column of 16 bytes, against bank conflicts.
+// weight[o, G g .. G g + G - 1] = scale[o] * sum over c of books[c, codes[o, g, c]]: written once, in full 16-byte stores,
+// which is what bounds it. A lane takes 16 bytes of the output, a warp neighbouring pieces of one row, so that its stores
+// are one piece. The codebooks stand in shared memory COPIES times, copy c in the c-th column of 16 bytes, against bank
+// conflicts; those that do not fit are gathered from L2.
 //
-// Compile-time constants: NUM_BOOKS, NBITS (at most 8), DTYPE (0 float16, 1 bfloat16, 2 float32), COPIES,
-// ALIGNED (1: a group's codes start at a multiple of their size).
+// Compile-time constants: NUM_BOOKS, NBITS (at most 16), GROUP (G, a multiple of 8), DTYPE (0 float16, 1 bfloat16,
+// 2 float32), COPIES (0: the codebooks stay in global memory), UNROLL (pieces that a lane has in flight), ALIGNED
+// (1: a group's codes start at a multiple of their size).
 #define DTYPE_BF16 (DTYPE == 1)
 #include "common.cuh"
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 8;                              // groups a lane has in flight
-constexpr int kPieces = DTYPE == 2 ? 2 : 1;             // 16-byte pieces of an entry
+constexpr int kFloats = DTYPE == 2 ? 4 : 8;   // of a piece
+constexpr int kPieces = GROUP / kFloats;      // of an entry
 constexpr int kEntries = NUM_BOOKS << NBITS;
 
+#if NBITS > 8
+typedef u16 Code;
+#else
+typedef u8 Code;
+#endif
+
 struct DequantizeParams {
-  const u8* codes;       // [partitions * rows, groups, NUM_BOOKS]
-  const uint4* books;    // [partitions, NUM_BOOKS, 2^NBITS, 8]
+  const Code* codes;     // [partitions * rows, groups, NUM_BOOKS]
+  const uint4* books;    // [partitions, NUM_BOOKS, 2^NBITS, GROUP]
   const void* scales;    // [partitions * rows]
-  uint4* out;            // [partitions * rows, 8 * groups]
-  long long code_stride;  // bytes from one row of codes to the next
+  uint4* out;            // [partitions * rows, GROUP * groups]
+  long long code_stride;  // elements from one row of codes to the next
   int rows, groups;
 };
 
 struct Codes {
-  u8 at[NUM_BOOKS];
+  Code at[NUM_BOOKS];
 };
 
-__device__ __forceinline__ Codes load_codes(const u8* from) {
+__device__ __forceinline__ Codes load_codes(const Code* from) {
   Codes codes;
-#if ALIGNED && NUM_BOOKS == 2
+#if ALIGNED && NUM_BOOKS == 2 && NBITS <= 8
   const u16 both = __ldcs(reinterpret_cast<const u16*>(from));
   codes.at[0] = both & 255, codes.at[1] = both >> 8;
 #else
@@ -37,7 +45,7 @@ __device__ __forceinline__ Codes load_codes(const u8* from) {
   return codes;
 }
 
-__device__ __forceinline__ void add_piece(float* sums, uint4 v) {
+__device__ __forceinline__ void add_piece(float (&sums)[kFloats], uint4 v) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -50,61 +58,81 @@ __device__ __forceinline__ void add_piece(float* sums, uint4 v) {
   }
 }
 
-__device__ __forceinline__ void store_scaled(uint4* out, const float* sums, float scale) {
+__device__ __forceinline__ void store_scaled(uint4* out, const float (&sums)[kFloats], float scale) {
 #if DTYPE == 2
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    __stcs(out + i / 4, make_uint4(__float_as_uint(sums[i] * scale), __float_as_uint(sums[i + 1] * scale),
-                                   __float_as_uint(sums[i + 2] * scale), __float_as_uint(sums[i + 3] * scale)));
-  }
+  __stcs(out, make_uint4(__float_as_uint(sums[0] * scale), __float_as_uint(sums[1] * scale),
+                         __float_as_uint(sums[2] * scale), __float_as_uint(sums[3] * scale)));
 #else
   __stcs(out, make_uint4(pack(sums[0] * scale, sums[1] * scale), pack(sums[2] * scale, sums[3] * scale),
                          pack(sums[4] * scale, sums[5] * scale), pack(sums[6] * scale, sums[7] * scale)));
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) dequantize(const __grid_constant__ DequantizeParams p) {
-  extern __shared__ __align__(16) uint4 books[];  // [entry][piece][copy]
-  const int lane = threadIdx.x % 32, partition = blockIdx.y;
-  for (int i = threadIdx.x; i < kEntries * kPieces; i += kThreads) {
-    uint4 v = p.books[static_cast<long long>(partition) * kEntries * kPieces + i];
+__device__ __forceinline__ uint4 look_up(const uint4* books, int index, int lane) {
+#if COPIES > 0
+  return books[index * COPIES + lane % COPIES];
+#else
+  return __ldg(books + index);
+#endif
+}
+
+// A lane's pieces first, first + 32, ... of one row; FULL if all of them lie within it, which lets the loads run ahead.
+template <bool FULL>
+__device__ __forceinline__ void decode(const Code* codes, const uint4* books, uint4* out, float scale, int first,
+                                       int pieces) {
+  const int lane = threadIdx.x % 32;
+  Codes code[UNROLL];
 #pragma unroll
-    for (int c = 0; c < COPIES; ++c) books[i * COPIES + (c + lane) % COPIES] = v;
+  for (int u = 0; u < UNROLL; ++u) {
+    const int piece = FULL ? first + u * 32 : min(first + u * 32, pieces - 1);
+    code[u] = load_codes(codes + piece / kPieces * NUM_BOOKS);
+  }
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int piece = first + u * 32;
+    if (!FULL && piece >= pieces) break;
+    float sums[kFloats] = {};
+#pragma unroll
+    for (int c = 0; c < NUM_BOOKS; ++c) {
+      const int entry = (c << NBITS) + (code[u].at[c] & ((1 << NBITS) - 1));
+      add_piece(sums, look_up(books, entry * kPieces + piece % kPieces, lane));
+    }
+    store_scaled(out + piece, sums, scale);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) dequantize(const __grid_constant__ DequantizeParams p) {
+  const int lane = threadIdx.x % 32, partition = blockIdx.y;
+  const uint4* books = p.books + static_cast<long long>(partition) * kEntries * kPieces;
+#if COPIES > 0
+  extern __shared__ __align__(16) uint4 table[];  // [entry][piece][copy]
+  for (int i = threadIdx.x; i < kEntries * kPieces; i += kThreads) {
+    uint4 v = books[i];
+#pragma unroll
+    for (int c = 0; c < COPIES; ++c) table[i * COPIES + (c + lane) % COPIES] = v;
   }
   __syncthreads();
+  books = table;
+#endif
 
-  const int pieces = (p.groups + 32 * kUnroll - 1) / (32 * kUnroll);  // of a row, one for each turn of a warp
-  const long long turns = static_cast<long long>(p.rows) * pieces;
+  const int pieces = p.groups * kPieces;                              // of a row
+  const int turns_of_row = (pieces + 32 * UNROLL - 1) / (32 * UNROLL);  // of a warp
+  const long long turns = static_cast<long long>(p.rows) * turns_of_row;
   const long long warps = static_cast<long long>(gridDim.x) * (kThreads / 32);
   for (long long turn = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; turn < turns; turn += warps) {
-    const long long row = turn / pieces + static_cast<long long>(partition) * p.rows;
-    const int first = static_cast<int>(turn % pieces) * 32 * kUnroll + lane;
-    const u8* codes = p.codes + row * p.code_stride;
-    Codes code[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int group = min(first + u * 32, p.groups - 1);
-      code[u] = load_codes(codes + group * NUM_BOOKS);
-    }
+    const long long row = turn / turns_of_row + static_cast<long long>(partition) * p.rows;
+    const int first = static_cast<int>(turn % turns_of_row) * 32 * UNROLL + lane;
+    const Code* codes = p.codes + row * p.code_stride;
+    uint4* out = p.out + row * pieces;
 #if DTYPE == 2
     const float scale = static_cast<const float*>(p.scales)[row];
 #else
     const float scale = to_float(static_cast<const u16*>(p.scales)[row]);
 #endif
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int group = first + u * 32;
-      if (group >= p.groups) break;
-      float sums[8] = {};
-#pragma unroll
-      for (int c = 0; c < NUM_BOOKS; ++c) {
-        const int entry = (c << NBITS) + (code[u].at[c] & ((1 << NBITS) - 1));
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-          add_piece(sums + piece * 4, books[(entry * kPieces + piece) * COPIES + lane % COPIES]);
-        }
-      }
-      store_scaled(p.out + (row * p.groups + group) * kPieces, sums, scale);
+    if (first - lane + 32 * UNROLL <= pieces) {
+      decode<true>(codes, books, out, scale, first, pieces);
+    } else {
+      decode<false>(codes, books, out, scale, first, pieces);
     }
   }
 }

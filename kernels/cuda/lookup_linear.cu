@@ -24,22 +24,6 @@ constexpr int kKWarps = WARPS / ROW_WARPS;
 constexpr int kBatch = ROW_TILES * ROW_WARPS;  // tiles a block accumulates at once
 constexpr int kTilesPerRound = TOKEN_TILES >= ROW_TILES ? 1 : ROW_TILES / TOKEN_TILES;  // tiles summed per barrier
 
-struct LinearParams {
-  const u16* x;         // [tokens, 8 * groups]
-  const u8* codes;      // [partitions * rows, groups, NUM_BOOKS]
-  const u16* books;     // [partitions, NUM_BOOKS, 2^NBITS, 8]
-  const u16* scales;    // [partitions * rows]
-  const u16* bias;      // [partitions * rows] or null
-  u16* out;             // [tokens, partitions * rows]
-  float* partial;       // [splits, tokens, partitions * rows] if gridDim.y > 1
-  long long x_stride;   // elements
-  long long code_stride;  // bytes from one row of codes to the next
-  int tokens, rows, groups;
-  int tiles_each, tiles_over;    // tiles per block of the grid's x; the first `tiles_over` blocks take one more
-  int blocks_each, blocks_over;  // superblocks per block of the grid's y, likewise
-  int slots;                     // staged superblocks of x per k warp
-};
-
 struct Place {  // of a thread in its block
   int lane, row, quad, k_warp, row_warp;
 };

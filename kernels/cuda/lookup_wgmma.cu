@@ -16,6 +16,7 @@
 // Compile-time constants: those of codebooks.cuh, TOKEN_TILES (1, 2, 4 or 8), K_GROUPS (parts of K in a block: 1, or with
 // fewer than 8 token tiles also 2 or 4; above 1 a block has at most 16 / K_GROUPS row tiles).
 #include "codebooks.cuh"
+#include "wgmma.cuh"
 
 constexpr int kConsumers = 512, kProducers = 128;  // threads
 constexpr int kSteps = TOKEN_TILES == 8 || GROUPS_PER_LANE < 8 ? 4 : 8;  // of one slot
@@ -26,8 +27,7 @@ constexpr int kSlots = TOKEN_TILES == 8 ? 6 : 8;
 static_assert(kSlots % K_GROUPS == 0 && kSlots >= kProducers / 32);
 static_assert(K_GROUPS == 1 || TOKEN_TILES < 8);
 constexpr int kSuperblock = 4 * GROUPS_PER_LANE;   // groups
-constexpr int kCore = TOKEN_TILES * 128;           // bytes of x of one core-matrix column
-constexpr int kStepBytes = 4 * kCore + 16;         // the 16 spread the producers' stores over the banks
+constexpr int kStepBytes = 4 * kCore + 128 / kSteps;  // the rest spreads the producers' stores over the banks
 constexpr int kSlotBytes = kSteps * kStepBytes;
 constexpr int kTiles = 16 / K_GROUPS;              // row tiles a block accumulates at once
 constexpr int kItems = TOKEN_TILES * 8 * kSteps / 32;  // (token, step) pairs of a producer lane in one slot
@@ -36,21 +36,6 @@ constexpr int kFull = kBooksBytes + kSlots * kSlotBytes;  // barriers: a slot ha
 constexpr int kEmpty = kFull + kSlots * 8;                // and read
 constexpr int kScratch = kEmpty + kSlots * 8;
 static_assert(kSumBytes <= kBooksBytes, "the parts' sums take the codebooks' place");
-
-struct LinearParams {
-  const u16* x;           // [tokens, 8 * groups]
-  const u8* codes;        // [partitions * rows, groups, NUM_BOOKS]
-  const u16* books;       // [partitions, NUM_BOOKS, 2^NBITS, 8]
-  const u16* scales;      // [partitions * rows]
-  const u16* bias;        // [partitions * rows] or null
-  u16* out;               // [tokens, partitions * rows]
-  float* partial;         // [splits, tokens, partitions * rows] if gridDim.y > 1
-  long long x_stride;     // elements
-  long long code_stride;  // bytes from one row of codes to the next
-  int tokens, rows, groups;
-  int tiles_each, tiles_over;    // tiles per block of the grid's x; the first `tiles_over` blocks take one more
-  int blocks_each, blocks_over;  // superblocks per block of the grid's y, likewise
-};
 
 extern __shared__ __align__(1024) u8 shared[];  // codebooks, ring of x, barriers, scratch of fill_books
 
@@ -65,73 +50,12 @@ struct Ring {
 
   __device__ __forceinline__ void advance(int count) {
     slot += count;
-    while (slot >= kSlots) {
+    if (slot >= kSlots) {  // `count` is at most kSlots
       slot -= kSlots;
       parity ^= 1;
     }
   }
 };
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-#if DTYPE_BF16
-#define WGMMA_TYPE "bf16.bf16"
-#else
-#define WGMMA_TYPE "f16.f16"
-#endif
-#define SUMS4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
-#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
-
-// acc[64 x 8 * TOKEN_TILES] += A[64 x 16] * B, asynchronously; a warp holds 16 rows of A and of the sums.
-__device__ __forceinline__ void wgmma(float (&acc)[4 * TOKEN_TILES], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-#if TOKEN_TILES == 1
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." WGMMA_TYPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
-               : SUMS4(0)
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-#elif TOKEN_TILES == 2
-  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." WGMMA_TYPE
-               " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-               : SUMS4(0), SUMS4(4)
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-#elif TOKEN_TILES == 4
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." WGMMA_TYPE
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-               : SUMS16(0)
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-#else
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPE
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-               "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : SUMS16(0), SUMS16(16)
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-#endif
-}
-
-// Until at most PENDING of the warpgroup's committed steps are unfinished.
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// The descriptor of 16 x (8 * TOKEN_TILES) values of x without swizzle: core matrices of 8 tokens x 16 bytes,
-// neighbours in K kCore bytes apart, neighbours in tokens 128.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  constexpr u64 strides = static_cast<u64>(kCore / 16) << 16 | static_cast<u64>(128 / 16) << 32;
-  return strides | (address & 0x3ffff) >> 4;
-}
 
 // Load x in the order that the consumers multiply it in; zeros beyond the last group, nothing beyond the last token.
 __device__ __forceinline__ void produce(const LinearParams& p, const Work& work) {
@@ -189,40 +113,35 @@ struct Consumer {
   u32 release;  // the barrier of the slot before, which may still be read; 0 if none
 };
 
-// Steps FIRST .. FIRST + kSteps - 1 of a superblock, x in one slot.
-template <int FIRST, int STEP = FIRST>
-__device__ __forceinline__ void multiply_slot(Consumer& c, const u32 (&words)[2][kWords], u32 slot,
-                                              float (&acc)[4 * TOKEN_TILES]) {
-  uint4 low = make_uint4(0, 0, 0, 0), high = low;
-  if (c.active) {  // all warps of a warpgroup must take part in the products
+// The steps from STEP on of a superblock.
+template <int STEP = 0>
+__device__ __forceinline__ void multiply_block(Consumer& c, const u32 (&words)[2][kWords], float (&acc)[4 * TOKEN_TILES]) {
+  const u32 base = shared_address(shared);
+  uint4 low = make_uint4(0, 0, 0, 0), high = low;  // all warps of a warpgroup must take part in the product
+  if (c.active) {
     low = decode<STEP>(shared, words[0], c.column);
     high = decode<STEP>(shared, words[1], c.column);
   }
+  if (STEP % kSteps == 0) barrier_wait(base + kFull + c.at.slot * 8, c.at.parity);
+  const u32 slot = base + kBooksBytes + c.at.slot * kSlotBytes;
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-  const u64 b = descriptor(slot + (STEP - FIRST) * kStepBytes);
-  wgmma(acc, low.x, high.x, low.y, high.y, b);
-  wgmma(acc, low.z, high.z, low.w, high.w, b + 2 * kCore / 16);
+  wgmma(acc, low.x, high.x, low.y, high.y, descriptor(slot, STEP % kSteps * kStepBytes));
+  wgmma(acc, low.z, high.z, low.w, high.w, descriptor(slot, STEP % kSteps * kStepBytes + 2 * kCore));
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   wgmma_wait<1>();
-  if (STEP == FIRST) {  // all steps of the slot before are finished
+  if (STEP % kSteps == 0) {  // all steps of the slot before are finished
     if (c.leader && c.release) barrier_arrive(c.release);
   }
-  if constexpr (STEP + 1 < FIRST + kSteps) multiply_slot<FIRST, STEP + 1>(c, words, slot, acc);
-}
-
-template <int STAGE = 0>
-__device__ __forceinline__ void multiply_block(Consumer& c, const u32 (&words)[2][kWords], float (&acc)[4 * TOKEN_TILES]) {
-  const u32 base = shared_address(shared);
-  barrier_wait(base + kFull + c.at.slot * 8, c.at.parity);
-  multiply_slot<STAGE * kSteps>(c, words, base + kBooksBytes + c.at.slot * kSlotBytes, acc);
-  c.release = base + kEmpty + c.at.slot * 8;
-  if constexpr (K_GROUPS > 1) {  // a part has few slots: release them at once
-    wgmma_wait<0>();
-    if (c.leader) barrier_arrive(c.release);
-    c.release = 0;
+  if ((STEP + 1) % kSteps == 0) {
+    c.release = base + kEmpty + c.at.slot * 8;
+    if constexpr (K_GROUPS > 1) {  // a part has few slots: release them at once
+      wgmma_wait<0>();
+      if (c.leader) barrier_arrive(c.release);
+      c.release = 0;
+    }
+    c.at.advance(K_GROUPS);
   }
-  c.at.advance(K_GROUPS);
-  if constexpr (STAGE + 1 < kStages) multiply_block<STAGE + 1>(c, words, acc);
+  if constexpr (STEP + 1 < GROUPS_PER_LANE) multiply_block<STEP + 1>(c, words, acc);
 }
 
 // Add the parts of K in order; true in the warps that hold the sums.
@@ -277,7 +196,7 @@ __device__ __forceinline__ void store(const LinearParams& p, int tile, float uni
 
 __device__ __forceinline__ void consume(const LinearParams& p, const Work& work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = warp / kTiles, my_tile = warp % kTiles;
+  const int part = K_GROUPS == 1 ? 0 : warp / kTiles, my_tile = warp % kTiles;
   const int first_vector = work.first_block * 4 + lane % 4, last_vector = p.groups / GROUPS_PER_LANE - 1;
   const u8* codes;     // of the lane's first row
   long long to_other;  // from there to its second row

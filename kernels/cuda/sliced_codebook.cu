@@ -209,7 +209,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const 
   const int last_tile = first_tile + p.tiles_each + (by < p.tiles_over);
   const int superblocks = (p.groups + kSuperblock - 1) / kSuperblock;
   const int blocks = (superblocks - at.k_warp + kKWarps - 1) / kKWarps;  // of this k warp
-  const bool resident = blocks <= p.slots;  // x of all this warp's superblocks stays staged
+  // Every k warp goes this often through the loop, so that all meet their barriers equally often; the last may find no work.
+  const int rounds = (superblocks + kKWarps - 1) / kKWarps;
+  const bool resident = rounds <= p.slots;  // x of all a warp's superblocks stays staged
 
   const u16* codes = p.codes + blockIdx.z * p.code_stride * p.rows;
   const int row_in_tile = at.lane / kLanesPerRow, part = at.lane % kLanesPerRow;
@@ -263,13 +265,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const 
     const int mine = (min(kBatch, last_tile - tile0) - at.row_warp + ROW_WARPS - 1) / ROW_WARPS;
     const bool stages = !resident || tile0 == first_tile;
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
-    for (int b = 0; b < blocks; ++b) {
-      // Waits for the codes before more are asked for: the hardware cannot wait for the older of two loads.
-      u32 now[ROW_TILES][kWords];
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) now[r][w] = next[r][w];
+    for (int b = 0; b < rounds; ++b) {
       if (stages) {
         copy_async_wait();
         if constexpr (ROW_WARPS == 1) {
@@ -280,6 +276,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const 
           group_barrier<ROW_WARPS * 32, kKWarps>(at.k_warp);
         }
       }
+      if (b >= blocks) continue;
+      // Waits for the codes before more are asked for: the hardware cannot wait for the older of two loads.
+      u32 now[ROW_TILES][kWords];
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) now[r][w] = next[r][w];
       const u8* staged = lane_slots + slot * slot_bytes;
       const bool wraps = b + 1 == blocks;
       const int next_tile0 = wraps ? tile0 + kBatch : tile0;

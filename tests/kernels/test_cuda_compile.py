@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_tensor.kernels import cuda_lookup, cuda_runtime, cuda_sliced_codebook
+from aqlm_tensor.kernels import cuda_dequantize, cuda_lookup, cuda_runtime, cuda_sliced_codebook
+from aqlm_tensor.kernels.cuda_linear_launch import Shape
 
 pytest.importorskip("cuda.core", reason="needs cuda-core")
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs the CUDA bindings of cuda-core")
@@ -22,7 +23,7 @@ def shared_limit(arch: str) -> int:
 
 def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, int], ...]:
     limit = shared_limit(arch)
-    shape = cuda_lookup.Shape(books, 8, tokens, 4096, 512, 1)
+    shape = Shape(books, 8, tokens, 4096, 512, 1)
     plan = cuda_lookup.choose_plan(shape, 40, limit)
     assert plan is not None
     return cuda_lookup.variant_defines(shape, plan, torch.float16 if arch == "sm_75" else torch.bfloat16, tokens > 1)
@@ -50,14 +51,26 @@ def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, arch: 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_others_compile(arch: str) -> None:
     dtype = 0 if arch == "sm_75" else 1
-    defines = (("NUM_BOOKS", 2), ("NBITS", 8), ("DTYPE", dtype), ("COPIES", 4), ("ALIGNED", 1))
-    assert b"dequantize" in cuda_runtime.compile_source("dequantize.cu", defines, arch)
     assert b"finish_linear" in cuda_runtime.compile_source("finish_linear.cu", (("DTYPE_BF16", dtype),), arch)
     if arch != "sm_75":
         defines = (("NUM_BOOKS", 1 + (arch == "sm_80")), ("NBITS", 8), ("DTYPE_BF16", int(arch != "sm_80")))
         assert b"partial_sums" in cuda_runtime.compile_source("partial_sums.cu", defines, arch)
     defines = (("NUM_BOOKS", 3), ("NBITS", 7), ("TOKENS", 8))
     assert b"lookup_float32" in cuda_runtime.compile_source("lookup_float32.cu", defines, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("books", "size", "group", "dtype"),
+    [(2, 256, 8, torch.float16), (8, 256, 32, torch.float32), (1, 65536, 16, torch.float16), (2, 4096, 8, None)],
+)
+def test_dequantize_compiles(books: int, size: int, group: int, dtype: torch.dtype | None, arch: str) -> None:
+    if dtype is None:
+        dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
+    chosen = cuda_dequantize.plan(books, size, group, dtype, shared_limit(arch))
+    assert chosen.shared_bytes <= shared_limit(arch)
+    code = cuda_runtime.compile_source("dequantize.cu", (*chosen.defines, ("ALIGNED", 1)), arch)
+    assert b"dequantize" in code
 
 
 def test_compile_error_is_reported() -> None:
@@ -67,7 +80,7 @@ def test_compile_error_is_reported() -> None:
 
 def test_second_process_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AQLM_TENSOR_CACHE", str(tmp_path))
-    defines = (("NUM_BOOKS", 1), ("NBITS", 8), ("DTYPE", 2), ("COPIES", 1), ("ALIGNED", 0))
+    defines = (*cuda_dequantize.plan(1, 256, 8, torch.float32, 65536).defines, ("ALIGNED", 0))
     code = cuda_runtime.cubin("dequantize.cu", defines, "sm_80")
     (file,) = tmp_path.iterdir()
     assert file.read_bytes() == code
@@ -88,7 +101,7 @@ def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("rows", "groups"), [(4096, 512), (28672, 1024), (8192, 3584), (1, 1), (1000, 173)])
 def test_plans_fit_the_device(processors: int, limit: int, books: int, rows: int, groups: int) -> None:
     for tokens in (1, 4, 8, 9, 16, 32, 64):
-        plan = cuda_lookup.choose_plan(cuda_lookup.Shape(books, 8, tokens, rows, groups, 1), processors, limit)
+        plan = cuda_lookup.choose_plan(Shape(books, 8, tokens, rows, groups, 1), processors, limit)
         if plan is None:
             assert tokens > 8, "8 tokens must fit"
             continue

@@ -8,8 +8,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aqlm_tensor.kernels import cuda_lookup, cuda_lookup_hopper, cuda_runtime
+from aqlm_tensor.kernels.cuda_linear_launch import Shape
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits
+from tests.kernels.gpu_layers import ERRORS, product, random_layer, relative_error
 from tests.strategies import Case, build, cases
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -30,7 +32,7 @@ def _whole_range(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_compiles(books: int, groups: int, tokens: int, dtype: torch.dtype) -> None:
     pytest.importorskip("cuda.core", reason="needs cuda-core")
-    shape = cuda_lookup.Shape(books, 8, tokens, 4096, groups, 1)
+    shape = Shape(books, 8, tokens, 4096, groups, 1)
     defines = cuda_lookup_hopper.plan_defines(shape, cuda_lookup_hopper.choose_plan(shape, 132), dtype)
     assert b"lookup_wgmma" in cuda_runtime.compile_source("lookup_wgmma.cu", defines, "sm_90a")
 
@@ -42,7 +44,7 @@ def test_compiles(books: int, groups: int, tokens: int, dtype: torch.dtype) -> N
     ("rows", "groups"), [(4096, 512), (28672, 1024), (8192, 3584), (1, 16), (1000, 176), (10**6, 16)]
 )
 def test_plans(rows: int, groups: int, partitions: int, tokens: int, books: int) -> None:
-    plan = cuda_lookup_hopper.choose_plan(cuda_lookup.Shape(books, 8, tokens, rows, groups, partitions), 132)
+    plan = cuda_lookup_hopper.choose_plan(Shape(books, 8, tokens, rows, groups, partitions), 132)
     tiles = math.ceil(rows / 16)
     assert plan.shared_bytes <= LIMIT
     assert plan.token_tiles * 8 >= tokens
@@ -57,7 +59,7 @@ class TestOnHopper:
     @given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=ROWS))
     def test_contract(self, case: Case) -> None:
         operands = build(case).to("cuda")
-        shape = cuda_lookup.Shape(case.scheme.num_codebooks, 8, case.rows, 1, case.in_features // 8, 1)
+        shape = Shape(case.scheme.num_codebooks, 8, case.rows, 1, case.in_features // 8, 1)
         assume(case.rows > 0 and operands.parts[0].numel() and cuda_lookup_hopper.runs(shape, operands.parts[0]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_lookup_hopper, "wins", lambda _: True)
@@ -73,22 +75,10 @@ class TestOnHopper:
     )
     def test_shapes(self, in_features: int, out_features: int, rows: int, scheme: str, dtype: torch.dtype) -> None:
         """Few and many row tiles per block, split sums, superblocks that end beyond the last group."""
-        books = AQLMScheme.parse(scheme).num_codebooks
-        codes = torch.randint(-128, 128, (out_features, in_features // 8, books), dtype=torch.int8, device="cuda")
-        codebooks = torch.randn(books, 256, 1, 8, device="cuda").to(dtype)
-        scales = torch.rand(out_features, 1, 1, 1, device="cuda").add(0.5).to(dtype)
-        bias = torch.randn(out_features, device="cuda").to(dtype)
-        x = torch.randn(rows, in_features, device="cuda").to(dtype)
+        codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, rows, dtype)
         y = cuda_lookup.linear(x, codes, codebooks, scales, bias)
-        again = cuda_lookup.linear(x, codes, codebooks, scales, bias)
-        assert_same_bits(y, again, "a second run gave other bits")
-        indices = codes.long() & 255
-        weight = torch.zeros(out_features, in_features // 8, 8, dtype=torch.float64, device="cuda")
-        for c in range(books):
-            weight += codebooks[c, indices[..., c], 0].double()
-        exact = x.double() @ (weight.flatten(1) * scales.double().view(-1, 1)).T + bias.double()
-        error = float((y.double() - exact).norm() / exact.norm())
-        assert error < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+        assert_same_bits(y, cuda_lookup.linear(x, codes, codebooks, scales, bias), "a second run gave other bits")
+        assert relative_error(y, product(x, codes, codebooks, scales) + bias.double()) < ERRORS[dtype]
         assert torch.isfinite(y).all()
 
     @pytest.mark.usefixtures("_whole_range")

@@ -1,5 +1,6 @@
 """The CUDA kernels, each called directly on a GPU, against the numerics contract."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,18 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aqlm_tensor.kernels import cuda_dequantize, cuda_float32, cuda_lookup, cuda_partial_sums
+from aqlm_tensor.kernels import (
+    cuda_dequantize,
+    cuda_float32,
+    cuda_lookup,
+    cuda_partial_sums,
+    cuda_sliced_codebook,
+    pieces,
+)
 from aqlm_tensor.kernels.registry import Op, Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear, assert_same_bits
+from tests.kernels.gpu_layers import ERRORS, dense, product, random_layer, relative_error
 from tests.strategies import Case, Operands, build, cases
 
 pytestmark = [
@@ -19,10 +28,20 @@ pytestmark = [
 ]
 
 SCHEMES = st.sampled_from(("2x8g8", "1x8g8", "4x8g8", "2x6g8", "1x4g8")).map(AQLMScheme.parse)
-DECODED = st.sampled_from(("2x8g8", "1x8g8", "3x8g8", "8x8g8", "2x5g8", "4x1g8")).map(AQLMScheme.parse)
+DECODED = st.sampled_from(
+    ("2x8g8", "1x8g8", "3x8g8", "8x8g8", "2x5g8", "4x1g8", "2x12g8", "3x8g16", "2x8g24", "8x8g32", "1x16g8", "1x6g64")
+).map(AQLMScheme.parse)
+FLOAT32 = st.sampled_from(("2x8g8", "1x8g8", "3x8g8", "8x8g8", "2x5g8", "4x1g8")).map(AQLMScheme.parse)
 HALF = st.sampled_from((torch.float16, torch.bfloat16))
 ROWS = st.sampled_from((1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 63, 64))
-SHAPES = ((11008, 4096), (4096, 1023), (28672, 512), (8, 3000), (1384, 777), (8192, 28672))
+SHAPES = ((11008, 4096), (4096, 1023), (28672, 512), (16, 3000), (1392, 777), (8192, 28672))  # in, out
+Linear = Callable[..., torch.Tensor]
+FEW_TOKENS = [  # kernels that read the codes, and schemes they are for
+    pytest.param(cuda_lookup.linear, "2x8g8", id="2x8g8"),
+    pytest.param(cuda_lookup.linear, "1x8g8", id="1x8g8"),
+    pytest.param(cuda_sliced_codebook.linear, "1x16g8", id="1x16g8"),
+    pytest.param(cuda_sliced_codebook.linear, "1x16g16", id="1x16g16"),
+]
 
 
 def runs(module, op: Op, case: Case) -> bool:
@@ -63,11 +82,11 @@ def test_partial_sums_shapes(scheme: str, in_features: int, out_features: int, d
     codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, 1, dtype)
     y = cuda_partial_sums.linear(x, codes, codebooks, scales, bias)
     assert_same_bits(y, cuda_partial_sums.linear(x, codes, codebooks, scales, bias), "a second run gave other bits")
-    error = relative_error(y, x.double() @ dense(codes, codebooks, scales).T + bias.double())
-    assert error < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+    error = relative_error(y, product(x, codes, codebooks, scales) + bias.double())
+    assert error < ERRORS[dtype]
 
 
-@given(case=cases(schemes=DECODED, dtypes=st.just(torch.float32), rows=ROWS))
+@given(case=cases(schemes=FLOAT32, dtypes=st.just(torch.float32), rows=ROWS))
 def test_float32(case: Case) -> None:
     assume(runs(cuda_float32, "linear", case))
     assert_linear(cuda_float32.linear, on_gpu(case))
@@ -79,17 +98,39 @@ def test_dequantize(case: Case) -> None:
     assert_dequantize(cuda_dequantize.dequantize, on_gpu(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", ["2x8g8", "3x8g16", "8x8g32", "2x12g8", "1x16g8", "1x16g16"])
+@pytest.mark.parametrize(("in_features", "out_features"), [(4096, 1023), (96, 40), (11008, 300)])
+def test_dequantize_shapes(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    """Codebooks in shared memory, once or several times, and in global memory; rows that end within a warp's turn."""
+    codes, codebooks, scales, _, _ = random_layer(scheme, in_features, out_features, 1, dtype)
+    weight = cuda_dequantize.dequantize(codes, codebooks, scales)
+    assert relative_error(weight, dense(codes, codebooks, scales)) < ERRORS[dtype]
+    assert torch.equal(
+        cuda_dequantize.dequantize(codes[3:, 1:], codebooks, scales[3:]), weight[3:, codebooks.shape[3] :]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8"])
+@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 7, 16, 64])
-def test_layer_shapes(scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 16, 32, 64])
+def test_layer_shapes(
+    linear: Linear, scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype
+) -> None:
+    if in_features % AQLMScheme.parse(scheme).in_group_size:
+        pytest.skip("groups do not divide the inputs")
     codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, rows, dtype)
+    y = linear(x, codes, codebooks, scales, bias)
+    assert_same_bits(y, linear(x, codes, codebooks, scales, bias), "a second run gave other bits")
+    assert relative_error(y, product(x, codes, codebooks, scales) + bias.double()) < ERRORS[dtype]
+
+
+@pytest.mark.parametrize("rows", [65, 128, 200, 256])
+def test_several_launches(rows: int) -> None:
+    codes, codebooks, scales, bias, x = random_layer("2x8g8", 1024, 600, rows, torch.bfloat16)
     y = cuda_lookup.linear(x, codes, codebooks, scales, bias)
-    again = cuda_lookup.linear(x, codes, codebooks, scales, bias)
-    assert_same_bits(y, again, "a second run gave other bits")
-    error = relative_error(y, x.double() @ dense(codes, codebooks, scales).T + bias.double())
-    assert error < {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+    assert relative_error(y, product(x, codes, codebooks, scales) + bias.double()) < 4e-3
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "4x8g8"])
@@ -100,86 +141,73 @@ def test_entries_near_the_end_of_float16(scheme: str, rows: int) -> None:
     codebooks = (codebooks.float().clamp(-2, 2) * 32_000).half()
     scales = (scales.float() / 100_000).half()
     y = cuda_lookup.linear(x, codes, codebooks, scales, None)
-    assert relative_error(y, x.double() @ dense(codes, codebooks, scales).T) < 1e-3
+    assert relative_error(y, product(x, codes, codebooks, scales)) < 1e-3
 
 
+@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
 @pytest.mark.parametrize("partitions", [2, 3])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_partitions(partitions: int, rows: int) -> None:
-    case = Case(AQLMScheme.parse("2x8g8"), 300 * partitions, 96, rows, torch.bfloat16, partitions, bias=True)
-    assert_linear(cuda_lookup.linear, on_gpu(case))
+def test_partitions(linear: Linear, scheme: str, partitions: int, rows: int) -> None:
+    case = Case(AQLMScheme.parse(scheme), 300 * partitions, 96, rows, torch.bfloat16, partitions, bias=True)
+    assert_linear(linear, on_gpu(case))
+    assert_linear(linear, on_gpu(replace(case, in_groups=13, values="exact")))
     assert_input_grad(cuda_dequantize.linear_input_grad, on_gpu(case))
 
 
-def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_dequantize, "WORKSPACE_BYTES", 100_000)
-    case = Case(AQLMScheme.parse("2x8g8"), 600, 96, 100, torch.bfloat16, 2, bias=True)
+@pytest.mark.parametrize("workspace", [50_000, 100_000, 500_000])
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8"])
+def test_pieces(scheme: str, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a partition, and several partitions in one."""
+    monkeypatch.setattr(pieces, "WORKSPACE_BYTES", workspace)
+    case = Case(AQLMScheme.parse(scheme), 900, 96, 100, torch.bfloat16, 3, bias=True)
     assert_linear(cuda_dequantize.linear, on_gpu(case))
+    assert_linear(cuda_dequantize.linear, on_gpu(replace(case, bias=False)))
     assert_input_grad(cuda_dequantize.linear_input_grad, on_gpu(case))
     assert_linear(cuda_dequantize.linear, on_gpu(replace(case, dtype=torch.float32)))
 
 
-def test_sliced_codes() -> None:
+@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
+def test_sliced_codes(linear: Linear, scheme: str) -> None:
     """Rows of codes that start at odd addresses or lie farther apart than they are long are read where they are."""
-    codes, codebooks, scales, bias, x = random_layer("2x8g8", 1024, 200, 4, torch.bfloat16)
-    whole = cuda_lookup.linear(x, codes, codebooks, scales, bias)
+    codes, codebooks, scales, bias, x = random_layer(scheme, 1024, 200, 4, torch.bfloat16)
+    whole = linear(x, codes, codebooks, scales, bias)
     for start in (0, 1, 8):
-        part, some = codes[:, start:], x[:, start * 8 :]
-        expected = cuda_lookup.linear(some.contiguous(), part.contiguous(), codebooks, scales, bias)
-        torch.testing.assert_close(cuda_lookup.linear(some, part, codebooks, scales, bias), expected)
-    assert_same_bits(whole[:, 50:], cuda_lookup.linear(x, codes[50:], codebooks, scales[50:], bias[50:]))
+        part, some = codes[:, start:], x[:, start * codebooks.shape[3] :]
+        expected = linear(some.contiguous(), part.contiguous(), codebooks, scales, bias)
+        torch.testing.assert_close(linear(some, part, codebooks, scales, bias), expected)
+    assert_same_bits(whole[:, 50:], linear(x, codes[50:], codebooks, scales[50:], bias[50:]))
 
 
-def test_graph_capture_and_streams() -> None:
-    codes, codebooks, scales, bias, x = random_layer("2x8g8", 2048, 1024, 3, torch.bfloat16)
-    expected = cuda_lookup.linear(x, codes, codebooks, scales, bias)
+@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
+def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
+    codes, codebooks, scales, bias, x = random_layer(scheme, 2048, 1024, 3, torch.bfloat16)
+    expected = linear(x, codes, codebooks, scales, bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cuda_lookup.linear(x, codes, codebooks, scales, bias)
+        y = linear(x, codes, codebooks, scales, bias)
     x.mul_(2)
     graph.replay()
-    assert_same_bits(y, cuda_lookup.linear(x, codes, codebooks, scales, bias))
+    assert_same_bits(y, linear(x, codes, codebooks, scales, bias))
     assert not torch.equal(y, expected)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     outputs = []
     for stream in streams * 8:
         with torch.cuda.stream(stream):
-            outputs.append(cuda_lookup.linear(x, codes, codebooks, scales, bias))
+            outputs.append(linear(x, codes, codebooks, scales, bias))
     torch.cuda.synchronize()
     for output in outputs:
         assert_same_bits(output, y)
 
 
-def test_large_index() -> None:
+@pytest.mark.parametrize(
+    ("linear", "scheme"), [(cuda_lookup.linear, "1x8g8"), (cuda_sliced_codebook.linear, "1x16g8")], ids=["8", "16"]
+)
+def test_large_index(linear: Linear, scheme: str) -> None:
     """Weights of more than 2^31 elements."""
-    codes, codebooks, scales, _, x = random_layer("1x8g8", 8192, 300_000, 2, torch.bfloat16)
-    y = cuda_lookup.linear(x, codes, codebooks, scales, None)
+    codes, codebooks, scales, _, x = random_layer(scheme, 8192, 300_000, 2, torch.bfloat16)
+    y = linear(x, codes, codebooks, scales, None)
     tail = slice(299_000, None)
-    assert relative_error(y[:, tail], x.double() @ dense(codes[tail], codebooks, scales[tail]).T) < 4e-3
+    assert relative_error(y[:, tail], product(x, codes[tail], codebooks, scales[tail])) < 4e-3
     weight = cuda_dequantize.dequantize(codes, codebooks, scales)
     assert relative_error(weight[tail], dense(codes[tail], codebooks, scales[tail])) < 4e-3
-
-
-def random_layer(
-    scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes, codebooks, scales, bias and x on the GPU, drawn there."""
-    books = AQLMScheme.parse(scheme).num_codebooks
-    codes = torch.randint(-128, 128, (out_features, in_features // 8, books), dtype=torch.int8, device="cuda")
-    codebooks = torch.randn(books, 256, 1, 8, device="cuda").to(dtype)
-    scales = torch.rand(out_features, 1, 1, 1, device="cuda").add(0.5).to(dtype)
-    bias = torch.randn(out_features, device="cuda").to(dtype)
-    return codes, codebooks, scales, bias, torch.randn(rows, in_features, device="cuda").to(dtype)
-
-
-def dense(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weight in float64."""
-    indices = codes.long() & 255
-    groups = sum(codebooks[c, indices[..., c], 0].double() for c in range(codes.shape[2]))
-    assert isinstance(groups, torch.Tensor)
-    return groups.flatten(1) * scales.double().view(-1, 1)
-
-
-def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((y.double() - reference).norm() / reference.norm())
