@@ -28,6 +28,7 @@ from aqlm_tensor.cli_arguments import open_model, parse_device
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stdout, usage
 from aqlm_tensor.cli_prepare import Kept, Wanted, prepare
 from aqlm_tensor.cli_report import block_line, error_table
+from aqlm_tensor.experts import find_stacks
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
 from aqlm_tensor.run_report import Progress
@@ -177,6 +178,7 @@ def quantize_with_bar(
     else:
         layers = len(find_targets(model, config, chosen)[0])
     blocks = find_blocks(model)[:max_blocks]
+    layers += sum(len(stack.weight) for stack in find_stacks(model, config, blocks)[0])
     with bar("layers", layers, "layers", outer=("blocks", len(blocks))) as shown:
         latest: list[LayerReport] = []
 

@@ -44,10 +44,10 @@ def error_table(report: CalibrationReport) -> Table:
 
 
 def _by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Layers by the last part of their names."""
+    """Layers by the last part of their names, experts of one projection together."""
     found: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        found.setdefault(layer.fqn.rpartition(".")[2], []).append(layer)
+        found.setdefault(re.sub(r"\.\d+$", "", layer.fqn).rpartition(".")[2], []).append(layer)
     return found
 
 

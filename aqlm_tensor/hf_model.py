@@ -144,11 +144,17 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False)
         FileExistsError: if the folder exists and may not be replaced.
         OSError: if the disk is full or cannot be written.
     """
-    from aqlm_tensor import save
+    from aqlm_tensor import AQLMTensor, save
     from aqlm_tensor.checkpoint_io import new_folder
 
     with new_folder(folder, force=force, needed_bytes=0) as temporary:  # `save` knows its size and checks it
-        save(model, temporary, force=True)
+        if any(isinstance(parameter, AQLMTensor) and parameter.dim() == 3 for parameter in model.parameters()):
+            import aqlm_tensor.integrations.hf  # noqa: F401 - teaches save_pretrained
+
+            with quiet():
+                model.save_pretrained(temporary)  # which knows how checkpoints name the experts of a stack
+        else:
+            save(model, temporary, force=True)
         tokenizer.save_pretrained(temporary)
         # save_pretrained would refuse settings that it finds doubtful, after all the work
         model.generation_config.to_json_file(temporary / "generation_config.json")

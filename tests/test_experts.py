@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torchao.quantization import FqnToConfig
 
 from aqlm_tensor import AQLMTensor, FinetuneConfig, calibrate
+from aqlm_tensor.cli_report import error_table
 from aqlm_tensor.experts import ExpertObserver, completed, find_stacks, one_by_one
+from aqlm_tensor.hf_model import find_model, load_model, save_model
 from aqlm_tensor.quantizer.hessian import HessianAccumulator
 from aqlm_tensor.run_report import Progress
 
@@ -217,3 +219,21 @@ def test_experts_that_cannot_be_watched_say_so() -> None:
     model.forward = lambda tokens: model.blocks[1](model.blocks[0](model.embedding(tokens)))
     with pytest.raises(ValueError, match="blocks.0.expert_stack saw no data"):
         calibrate(model, config("1x4g4"), batches())
+
+
+def test_saved_as_checkpoints_of_the_family_are(tmp_path: Path) -> None:
+    from .tiny_llama import write_dense
+
+    model, data = mixtral(), token_ids()
+    calibrate(model, config("1x4g4"), data)
+    tokenizer = tf.AutoTokenizer.from_pretrained(write_dense(tmp_path / "llama"))
+    save_model(model, tokenizer, tmp_path / "quantized")
+    loaded, _ = load_model(find_model(tmp_path / "quantized"))
+    with torch.no_grad():
+        assert torch.equal(loaded(data[0]).logits, model(data[0]).logits)
+
+
+def test_experts_share_a_column_of_the_table() -> None:
+    report = calibrate(mixtral(), config("1x4g4"), token_ids())
+    columns = [column.header for column in error_table(report).columns]
+    assert columns == ["block", "q", "k", "v", "o", "gate_up", "down", "s"]
