@@ -47,7 +47,7 @@ class PVConfig:
     lr: float = 2e-3
     batches_per_step: int = 1
     steps_per_round: int = 16
-    code_fraction: float = 0.1
+    code_fraction: float = 0.05
     trust_ratio: float = 0.1
     dense: Dense = "vectors"
     validation: float = 0.0625
