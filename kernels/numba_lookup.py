@@ -13,6 +13,7 @@ For more tokens than lanes, passes over the codes repeat.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from numba import njit
@@ -60,6 +61,7 @@ PERMUTE_TOKENS = 3  # at most, in passes of one token each
 _CHUNKS = 16  # at most; what there is to share among threads, and buffers of sums
 _CHUNK_COLUMNS = 64  # at least
 _ITEM_ROWS = 16384  # at most; every item builds its tables again
+_LEAST_ENTRIES = 16  # of a table for one lane: they are built so many at a time
 _TILE = 4  # columns per step for several tokens: tables of 16 KB for 4 lanes, in L1 with room for the sums
 
 
@@ -85,10 +87,12 @@ def lookup_linear(
     packed = packed_codes(codes, (codebooks.shape[2] - 1).bit_length(), codebooks.shape[0])
     scales = as_float32(scales)
     y = torch.empty(x.shape[0], codes.shape[0] * codebooks.shape[3], dtype=torch.float32)
+    if x.shape[0] <= LANES[-1]:  # no slices: they take as long as the codes of a small layer
+        _sweep(x, codes, packed, codebooks, scales, bias, y, permute)
+        return y
     for start in range(0, x.shape[0], LANES[-1]):
-        some = x[start : start + LANES[-1]]
-        by_bytes = can_permute() and some.shape[0] <= PERMUTE_TOKENS if permute is None else permute
-        _sweep(some, codes, packed, codebooks, scales, bias, y[start : start + LANES[-1]], by_bytes)
+        stop = start + LANES[-1]
+        _sweep(x[start:stop], codes, packed, codebooks, scales, bias, y[start:stop], permute)
     return y
 
 
@@ -100,34 +104,60 @@ def _sweep(
     scales: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    permute: bool,
+    permute: bool | None,
 ) -> None:
     """Fill y [M, O] for x [M, I] of at most LANES[-1] rows."""
-    tokens, in_features = x.shape
-    partitions, num_codebooks, _, out_group, group = codebooks.shape
+    plan = _plan(x.shape[0], codes.shape, codebooks.shape, permute, torch.get_num_threads())
+    x = as_float32(x) if plan.lanes == 1 else _transposed(x, plan.lanes)
+    books = _table_books(codebooks, plan.lanes == 1)
+    space = torch.empty(plan.floats, dtype=torch.float32)
+    addresses = (
+        x.data_ptr(), books.data_ptr(), packed.data_ptr(), space.data_ptr() + plan.scratch * FLOAT, scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), space.data_ptr(),
+    )  # fmt: skip
+    run(plan.kernel, make_frame(plan.items, *addresses, *plan.sizes), plan.threads)
+    if plan.threads > 1:
+        items = -(-codes.shape[0] // FINISH_ROWS)
+        run(finish_kernel(), make_frame(items, *addresses, *plan.sizes), min(plan.threads, items))
+
+
+class _Plan(NamedTuple):
+    """What a sweep does, apart from addresses."""
+
+    kernel: Kernel
+    lanes: int
+    items: int
+    threads: int
+    scratch: int  # floats for the threads' tables
+    floats: int  # in all, with the sums
+    sizes: tuple[int, ...]  # what stands in the frame after the addresses
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    tokens: int, codes: tuple[int, ...], codebooks: tuple[int, ...], permute: bool | None, available: int
+) -> _Plan:
+    """The plan for so many rows of x, codes and codebooks of such shapes, and so many threads at most."""
+    partitions, num_codebooks, size, out_group, group = codebooks
+    if permute is None:
+        permute = can_permute() and tokens <= PERMUTE_TOKENS
     lanes = 1 if permute else next(lanes for lanes in LANES if lanes >= tokens)
     passes = tokens if permute else 1
-    x = as_float32(x) if lanes == 1 else _transposed(x, lanes)
-    books = _table_books(codebooks, lanes == 1)
-    size = books.numel() // (partitions * num_codebooks * out_group * group)
-    rows, columns = codes.shape[0], in_features // group * num_codebooks
+    if lanes == 1:
+        size = max(size, _LEAST_ENTRIES)
+    rows, columns = codes[0], codes[1] * num_codebooks
     chunk = max(_CHUNK_COLUMNS, -(-columns // _CHUNKS // BLOCK_COLUMNS) * BLOCK_COLUMNS)
     chunks, blocks = -(-columns // chunk), -(-rows // partitions // _ITEM_ROWS)
     item_rows = -(-rows // partitions // blocks // BLOCK_ROWS) * BLOCK_ROWS
     items = chunks * out_group * partitions * blocks
-    threads = threads_for(items, rows * columns * out_group // 4)
+    threads = threads_for(items, rows * columns * out_group // 4, available)
     scratch = threads * (SCRATCH_FLOATS if permute else BLOCK_COLUMNS * ENTRIES * lanes)
-    space = torch.empty(scratch + chunks * out_group * rows * passes * lanes, dtype=torch.float32)
-    fields = (
-        x.data_ptr(), books.data_ptr(), packed.data_ptr(), space.data_ptr() + scratch * FLOAT, scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), space.data_ptr(),
+    sizes = (
         rows, columns, chunk, num_codebooks, size, group, out_group, tokens, partitions, blocks, item_rows,
         lanes, passes, threads == 1,
     )  # fmt: skip
-    run(permute_kernel() if permute else _sum_kernel(lanes), make_frame(items, *fields), threads)
-    if threads > 1:
-        items = -(-rows // FINISH_ROWS)
-        run(finish_kernel(), make_frame(items, *fields), min(threads, items))
+    kernel = permute_kernel() if permute else _sum_kernel(lanes)
+    return _Plan(kernel, lanes, items, threads, scratch, scratch + chunks * out_group * rows * passes * lanes, sizes)
 
 
 def _transposed(x: Tensor, lanes: int) -> Tensor:
@@ -138,12 +168,12 @@ def _transposed(x: Tensor, lanes: int) -> Tensor:
 
 
 def _table_books(codebooks: Tensor, single: bool) -> Tensor:
-    """Codebooks in float32 as [P, H, K, C, G], or for a single lane as [P, H, K, G, C] with C at least 16."""
+    """Codebooks in float32 as [P, H, K, C, G], or for a single lane as [P, H, K, G, C] with C filled up to 16."""
     if not single:
         return as_float32(codebooks.permute(0, 3, 1, 2, 4))
     books = codebooks.permute(0, 3, 1, 4, 2)
-    if books.shape[-1] < 16:  # tables are built 16 entries at a time
-        books = books.repeat(1, 1, 1, 1, 16 // books.shape[-1])
+    if books.shape[-1] < _LEAST_ENTRIES:
+        books = books.repeat(1, 1, 1, 1, _LEAST_ENTRIES // books.shape[-1])
     return as_float32(books)
 
 

@@ -62,9 +62,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def threads_for(items: int, work: int) -> int:
-    """How many threads to use for so many items and elementary steps: at most `torch.get_num_threads()`."""
-    return max(1, min(torch.get_num_threads(), items, work // _WORK_PER_THREAD))
+def threads_for(items: int, work: int, available: int | None = None) -> int:
+    """How many of the available threads (None: `torch.get_num_threads()`) so many items and elementary steps take."""
+    return max(1, min(available or torch.get_num_threads(), items, work // _WORK_PER_THREAD))
 
 
 @dataclass(frozen=True)
