@@ -224,6 +224,11 @@ class AQLMTensor(TorchAOBaseTensor):
             raise NotImplementedError(
                 f"{func} is not defined on an AQLMTensor: call `.dequantize()` first to work on the dense weight"
             )
+        if func is not torch.ops.aten.detach.default and any(_would_lose_gradient(arg) for arg in args):
+            raise RuntimeError(
+                f"{func} works below autograd, where the gradient to codebooks and scales would get lost: call it on "
+                "`.detach()`, or compute with the three tensors"
+            )
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
     def share_memory_(self) -> Self:
@@ -268,6 +273,12 @@ class AQLMTensor(TorchAOBaseTensor):
             for name, part in zip(self.tensor_data_names, self.parts(), strict=True)
         ]
         return repr((type(self).__qualname__, version("aqlm-tensor"), self.orientation, inner))
+
+
+def _would_lose_gradient(w: Any) -> bool:
+    if not isinstance(w, AQLMTensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return w.codebooks.requires_grad or w.scales.requires_grad
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aqlm_tensor.kernels import ops
 from aqlm_tensor.tensor import AQLMTensor
-from aqlm_tensor.tensor_ops import REMEDY, bind
+from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
 
 __all__ = ["grouped_mm"]
 
@@ -43,19 +43,19 @@ def grouped_mm(x: Tensor, weight: AQLMTensor, offsets: Tensor) -> Tensor:
     return _experts_linear(x, *weight.parts(), offsets)
 
 
-def _runs(parts: tuple[Tensor, Tensor, Tensor], offsets: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """(rows, parts of the weight) of each expert that has rows."""
+def _runs(parts: tuple[Tensor, Tensor, Tensor], offsets: Tensor) -> Iterator[tuple[int, slice, tuple[Tensor, ...]]]:
+    """(expert, rows, parts of its weight) of each expert that has rows."""
     start = 0
     for expert, stop in enumerate(offsets.tolist()):
         if stop > start:
-            yield slice(start, stop), tuple(part[expert] for part in parts)
+            yield expert, slice(start, stop), tuple(part[expert] for part in parts)
             start = stop
 
 
 @torch.library.custom_op("aqlm_tensor::experts_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op_forward(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     y = x.new_zeros(x.shape[0], ops.weight_shape(codes, codebooks)[0])
-    for rows, parts in _runs((codes, codebooks, scales), offsets):
+    for _, rows, parts in _runs((codes, codebooks, scales), offsets):
         y[rows] = ops.linear(x[rows], *parts, None)
     return y
 
@@ -63,9 +63,19 @@ def _op_forward(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, off
 @torch.library.custom_op("aqlm_tensor::experts_linear_input_grad", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op_backward(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     x = grad.new_zeros(grad.shape[0], ops.weight_shape(codes, codebooks)[1])
-    for rows, parts in _runs((codes, codebooks, scales), offsets):
+    for _, rows, parts in _runs((codes, codebooks, scales), offsets):
         x[rows] = ops.linear_input_grad(grad[rows].contiguous(), *parts)
     return x
+
+
+@torch.library.custom_op("aqlm_tensor::experts_linear_param_grad", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _op_param_grad(
+    x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_books, grad_scales = torch.zeros_like(codebooks), torch.zeros_like(scales)
+    for expert, rows, parts in _runs((codes, codebooks, scales), offsets):
+        grad_books[expert], grad_scales[expert] = ops.linear_param_grad(x[rows], grad[rows].contiguous(), *parts)
+    return grad_books, grad_scales
 
 
 @_op_forward.register_fake
@@ -78,17 +88,29 @@ def _(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: T
     return grad.new_empty(grad.shape[0], ops.weight_shape(codes, codebooks)[1])
 
 
+@_op_param_grad.register_fake
+def _(
+    x: Tensor, grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codebooks), torch.empty_like(scales)
+
+
 _experts_linear = torch.ops.aqlm_tensor.experts_linear.default
 _experts_linear_input_grad = torch.ops.aqlm_tensor.experts_linear_input_grad.default
+_experts_linear_param_grad = torch.ops.aqlm_tensor.experts_linear_param_grad.default
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    x, *weight = inputs
+    trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(x if trains else None, *weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = _experts_linear_input_grad(grad, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-    return grad_x, None, None, None, None
+    x, *weight = ctx.saved_tensors
+    grad_x = _experts_linear_input_grad(grad, *weight) if ctx.needs_input_grad[0] else None
+    grad_books, grad_scales = (None, None) if x is None else _experts_linear_param_grad(x, grad, *weight)
+    return grad_x, None, grad_books, grad_scales, None
 
 
 _op_forward.register_autograd(cast("Any", _backward), setup_context=_save)
@@ -100,3 +122,28 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     if bias is not None or out_dtype is not None or offsets is None:
         raise ValueError(f"grouped_mm with an AQLMTensor takes offs, no bias and no out_dtype: {REMEDY}")
     return grouped_mm(x, weight, offsets)
+
+
+def _trains(w: Tensor) -> bool:
+    """Whether products with a weight bring gradients to its codebooks or scales."""
+    return isinstance(w, AQLMTensor) and w.dim() == 3 and (w.codebooks.requires_grad or w.scales.requires_grad)
+
+
+@implements_torch_function(Tensor.__getitem__)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    w, index = args
+    if _trains(w) and (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)):
+        # here and not as an aten op, which autograd would not see inside of
+        return AQLMTensor(*(part[index] for part in w.parts()), orientation=w.orientation)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args)
+
+
+@implements_torch_function([torch.transpose, Tensor.transpose, vars(torch._C.TensorBase)["mT"].__get__])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    w = args[0]
+    last_two = len(args) == 1 or {dim % 3 for dim in args[1:]} == {1, 2}
+    if _trains(w) and last_two:
+        return transposed(w)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)

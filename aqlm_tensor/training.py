@@ -2,11 +2,13 @@
 
 A tensor subclass in an `nn.Parameter` hides its inner tensors from optimizers, DDP and FSDP2, and a compiled F.linear
 loses their gradients. So inside the block each quantized nn.Linear holds plain parameters `codebooks` and `scales` and
-a buffer `codes`, and its forward calls the op on them. The parameters share memory with the AQLMTensor, which is put
-back as it was, updated in place, at the end.
+a buffer `codes`, and its forward calls the op on them. A stack of experts, whose module computes with it in its own
+way, is made anew from its parameters each time it is asked for. The parameters share memory with the AQLMTensor, which
+is put back as it was, updated in place, at the end.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,42 +44,62 @@ def trainable(model: nn.Module) -> Iterator[nn.Module]:
 
     Create the optimizer (or wrap in DDP or FSDP2, or compile) inside the block. Other parameters keep their
     requires_grad. Parameter names inside are `<layer>.codebooks` and `<layer>.scales`, with the codes in the buffer
-    `<layer>.codes`: the names of an AQLM checkpoint.
+    `<layer>.codes`: the names of an AQLM checkpoint. For experts, `<module>.<weight>.codebooks` and so on.
 
     Args:
-        model: a model with AQLM weights in nn.Linear layers; layers that share a weight share the parameters.
+        model: a model with AQLM weights in nn.Linear layers, or as stacks [E, O, I] of experts in other modules; layers
+            that share a weight share the parameters.
 
     Yields:
         The same model.
 
     Raises:
-        ValueError: if the model has no AQLM layer, or holds an AQLM weight outside of an nn.Linear of its own.
+        ValueError: if the model has no AQLM layer, or holds another AQLM weight outside of an nn.Linear of its own.
     """
-    weights = _aqlm_weights(model)
+    weights, stacks = _linear_weights(model), _stacks(model)
+    if not weights and not stacks:
+        raise ValueError("the model has no AQLM layer to train: quantize_ or load it first")
     try:
         for weight, layers in weights:
             _spread(layers, weight)
+        for stack in stacks:
+            _spread_stack(*stack)
         yield model
     finally:
         for weight, layers in weights:
             _gather(layers, weight)
+        for stack in stacks:
+            _gather_stack(*stack)
 
 
-def _aqlm_weights(model: nn.Module) -> list[tuple[AQLMTensor, list[nn.Linear]]]:
-    """Each AQLM weight of the model with the layers that share it."""
+def _linear_weights(model: nn.Module) -> list[tuple[AQLMTensor, list[nn.Linear]]]:
+    """Each AQLM weight of the model's linear layers with the layers that share it."""
     weights: dict[int, tuple[AQLMTensor, list[nn.Linear]]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if type(module) is nn.Linear and isinstance(weight, AQLMTensor):
+            weights.setdefault(id(weight), (weight, []))[1].append(module)
+    return list(weights.values())
+
+
+def _stacks(model: nn.Module) -> list[tuple[AQLMTensor, nn.Module, str]]:
+    """Each stack of experts with the module that holds it, and its name there.
+
+    Raises:
+        ValueError: for an AQLM weight that is neither a stack nor that of an nn.Linear.
+    """
+    stacks = []
     for fqn, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, AQLMTensor):
+            if not isinstance(parameter, AQLMTensor) or (type(module) is nn.Linear and name == "weight"):
                 continue
-            if type(module) is not nn.Linear or name != "weight":
+            if parameter.dim() != 3:
                 raise ValueError(
-                    f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: trainable handles nn.Linear only"
+                    f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: trainable handles those of "
+                    "nn.Linear and stacks of experts"
                 )
-            weights.setdefault(id(parameter), (parameter, []))[1].append(module)
-    if not weights:
-        raise ValueError("the model has no AQLM layer to train: quantize_ or load it first")
-    return list(weights.values())
+            stacks.append((parameter, module, name))
+    return stacks
 
 
 def _spread(layers: list[nn.Linear], weight: AQLMTensor) -> None:
@@ -96,13 +118,64 @@ def _gather(layers: list[nn.Linear], weight: AQLMTensor) -> None:
     for layer in layers:
         if not isinstance(layer, _TrainableLinear):  # an exception came before this one was spread
             continue
-        codes, codebooks, scales = layer.codes, layer.codebooks.detach(), layer.scales.detach()
+        parts = layer.codes, layer.codebooks.detach(), layer.scales.detach()
         del layer.codes, layer.codebooks, layer.scales
         layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue] - what it was before
         layer.register_parameter("weight", None)
         layer.register_parameter("bias", layer._parameters.pop("bias"))  # behind the weight again, as it was
-        if (codebooks.dtype, codes.device) == (weight.dtype, weight.device):
-            weight.codes, weight.codebooks, weight.scales = codes, codebooks, scales
-        else:  # cast or moved inside the block: a tensor cannot change its own dtype or device
-            weight = AQLMTensor(codes, codebooks, scales)
+        weight = _renewed(weight, *parts)
     set_quantized(layers, weight)
+
+
+def _renewed(weight: AQLMTensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> AQLMTensor:
+    """The weight with new parts; another one if they were cast or moved, since a tensor cannot change its own dtype."""
+    if (codebooks.dtype, codes.device) != (weight.dtype, weight.device):
+        return AQLMTensor(codes, codebooks, scales, weight.orientation)
+    weight.codes, weight.codebooks, weight.scales = codes, codebooks, scales
+    return weight
+
+
+class _TrainableStack(nn.Module):
+    """A stack of experts spread out: a submodule in the place and with the name of the parameter."""
+
+    codes: Tensor
+
+    def __init__(self, weight: AQLMTensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.codebooks, self.scales = nn.Parameter(weight.codebooks), nn.Parameter(weight.scales)
+        self.orientation = weight.orientation
+
+    def weight(self) -> AQLMTensor:
+        """The stack, whose products bring gradients to codebooks and scales."""
+        return AQLMTensor(self.codes, self.codebooks, self.scales, self.orientation)
+
+
+@functools.cache
+def _with_stacks(cls: Any) -> Any:
+    """A subclass of a module's class to which a spread stack looks like the weight."""
+
+    class TrainableExperts(cls):
+        def __getattr__(self, name: str) -> Any:
+            stack = self.__dict__["_modules"].get(name)
+            return stack.weight() if isinstance(stack, _TrainableStack) else super().__getattr__(name)
+
+    TrainableExperts.__name__ = TrainableExperts.__qualname__ = f"Trainable{cls.__name__}"
+    return TrainableExperts
+
+
+def _spread_stack(weight: AQLMTensor, module: nn.Module, name: str) -> None:
+    if "_with_stacks_of" not in module.__dict__:
+        module.__dict__["_with_stacks_of"] = type(module)
+        module.__class__ = _with_stacks(type(module))
+    module._parameters[name] = None  # which keeps its place
+    module._modules[name] = _TrainableStack(weight)
+
+
+def _gather_stack(weight: AQLMTensor, module: nn.Module, name: str) -> None:
+    stack = module._modules.pop(name, None)
+    if isinstance(stack, _TrainableStack):
+        renewed: Any = _renewed(weight, stack.codes, stack.codebooks.detach(), stack.scales.detach())
+        parameter = renewed if renewed is weight else nn.Parameter(renewed, requires_grad=False)
+        module._parameters[name] = parameter
+        module.__class__ = module.__dict__.pop("_with_stacks_of", type(module))

@@ -30,7 +30,8 @@ def register() -> None:
 def _or_grouped(batched: Callable) -> Callable:
     @wraps(batched)
     def batched_mm_experts_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        quantized = any(isinstance(weight, AQLMTensor) for weight in self.parameters(recurse=False))
+        weights = (getattr(self, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
+        quantized = any(isinstance(weight, AQLMTensor) for weight in weights)
         return (moe.grouped_mm_experts_forward if quantized else batched)(self, *args, **kwargs)
 
     return batched_mm_experts_forward

@@ -153,7 +153,11 @@ class AqlmQuantizer(HfQuantizer):
         if schemes:
             self.quantization_config = _updated(self.quantization_config, model, schemes)
             model.config.quantization_config = self.quantization_config
-        plain = {name: value for name, value in state.items() if not isinstance(value, AQLMTensor)}
+        plain = {
+            name: value
+            for name, value in state.items()
+            if not isinstance(value, AQLMTensor) and not _is_offloaded_twin(model, name, value)
+        }
         written: set[int] = set()
         for name, (_, piece) in pieces.items():
             for part, tensor in zip(PARTS, piece.parts(), strict=True):
@@ -166,6 +170,8 @@ class AqlmQuantizer(HfQuantizer):
         for module in model.modules():
             for name, weight in list(module._parameters.items()):
                 if isinstance(weight, AQLMTensor):
+                    if weight.is_meta:
+                        raise ValueError("offloaded weights cannot be made dense: load the model without offloading")
                     if id(weight) not in dense:
                         dense[id(weight)] = nn.Parameter(weight.dequantize().to(dtype))
                     module._parameters[name] = dense[id(weight)]
@@ -230,6 +236,15 @@ def _quantized(model: Any, state: dict[str, Any]) -> dict[str, AQLMTensor]:
             continue
         weights[name] = load_offloaded_parameter(model, name) if value.is_meta else value
     return weights
+
+
+def _is_offloaded_twin(model: Any, name: str, value: Tensor) -> bool:
+    """Whether a weight lies where the one lies that its class ties it to; on the meta device nothing else can tell."""
+    source = getattr(model, "all_tied_weights_keys", {}).get(name)
+    if source is None or not value.is_meta or not model.get_parameter(source).is_meta:
+        return False
+    one, other = (load_offloaded_parameter(model, tied) for tied in (name, source))
+    return one.data_ptr() == other.data_ptr()
 
 
 def _alone(tensor: Tensor, written: set[int]) -> Tensor:

@@ -27,8 +27,8 @@ def register() -> None:
     hf_accelerate.register()
     hf_moe.register()
     torchao_serde.register()
-    for name in ("save_pretrained", "dequantize"):
-        wrap_once(PreTrainedModel, name, _attaching)
+    wrap_once(PreTrainedModel, "save_pretrained", _saving)
+    wrap_once(PreTrainedModel, "dequantize", _attaching)
     wrap_once(PreTrainedModel, "get_memory_footprint", _real_size)
     if importlib.util.find_spec("peft") is not None:
         from aqlm_tensor.integrations import peft_lora
@@ -42,6 +42,23 @@ def _attaching(method: Callable) -> Callable:
         return method(self, *args, **kwargs)
 
     return call
+
+
+def _saving(save: Callable) -> Callable:
+    """save_pretrained, which fetches offloaded weights only if a device map says that there are any."""
+
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        attach(self)
+        offloaded = any(isinstance(parameter, AQLMTensor) and parameter.is_meta for parameter in self.parameters())
+        if not offloaded or hasattr(self, "hf_device_map"):
+            return save(self, *args, **kwargs)
+        self.hf_device_map = {"": "cpu"}  # as from_pretrained notes it
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            del self.hf_device_map
+
+    return save_pretrained
 
 
 def _real_size(method: Callable) -> Callable:

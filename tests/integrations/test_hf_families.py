@@ -111,12 +111,12 @@ def test_offload(model: Any, dense: Any, pair: Pair, tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert_same_logits(model, dense)
     assert all(parameter.is_meta for parameter in model.parameters())
-    if model.all_tied_weights_keys:
-        return  # accelerate unties dense weights too when it offloads, and Transformers then refuses to save them
-    model.hf_device_map = {"": "cpu"}  # as from_pretrained notes it
     with pytest.warns(UserWarning, match="offloaded modules"):
         model.save_pretrained(tmp_path / "saved")
     assert_same_files(pair.aqlm, tmp_path / "saved")
+    assert not hasattr(model, "hf_device_map")
+    with pytest.raises(ValueError, match="load the model without offloading"):
+        model.dequantize()
 
 
 def test_dequantize(model: Any, dense: Any, pair: Pair, tmp_path: Path) -> None:

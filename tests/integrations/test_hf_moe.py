@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import aqlm_tensor.integrations.hf  # noqa: F401 - registers
-from aqlm_tensor import AQLMTensor
+from aqlm_tensor import AQLMTensor, trainable
+from aqlm_tensor.kernels import reference
 from tests.tensor.weights import random_weight
 
 from .official import FAMILIES, Pair, logits_of, write_pair
@@ -59,6 +60,70 @@ def test_gradients_reach_the_input(pair: Pair, implementation: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def stack_gradients(pair: Pair, implementation: str, compiled: bool) -> dict[str, torch.Tensor]:
+    block = load(pair.aqlm, experts_implementation=implementation).model.layers[0].mlp
+    with trainable(block):
+        names = {name for name, _ in block.named_parameters()}
+        assert {"experts.gate_up_proj.codebooks", "experts.down_proj.scales"} <= names
+        assert not any(isinstance(parameter, AQLMTensor) for parameter in block.parameters())
+        run: Any = torch.compile(block, backend="aot_eager") if compiled else block
+        run(torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        return {name: parameter.grad for name, parameter in block.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "compiled"),
+    [*((name, False) for name in IMPLEMENTATIONS), ("batched_mm", True), ("grouped_mm", True)],
+)
+def test_gradients_of_codebooks_and_scales(pair: Pair, implementation: str, compiled: bool) -> None:
+    """Those of the dense weights, carried on to the entries that make them up."""
+    torch._dynamo.reset()
+    found = stack_gradients(pair, implementation, compiled)
+    experts = load(pair.aqlm).model.layers[0].mlp.experts
+    block = load(pair.dense, experts_implementation="eager").model.layers[0].mlp
+    block(torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    for name in ("gate_up_proj", "down_proj"):
+        dense = block.experts.get_parameter(name).grad
+        parts = [getattr(experts, name).experts()[expert] for expert in range(4)]
+        expected = [reference.dequantize_param_grad(grad, *own) for grad, own in zip(dense, parts, strict=True)]
+        for index, part in enumerate(("codebooks", "scales")):
+            gradient = found[f"experts.{name}.{part}"]
+            torch.testing.assert_close(gradient, torch.stack([e[index] for e in expected]), rtol=1e-4, atol=1e-5)
+
+
+def test_training_experts(pair: Pair) -> None:
+    model = load(pair.aqlm)
+    weight, tokens = model.model.layers[0].mlp.experts.down_proj, torch.arange(3, 17).view(2, 7)
+    codes, order = weight.codes.clone(), [name for name, _ in model.named_parameters()]
+    cls, before = type(model.model.layers[0].mlp.experts), model(tokens, labels=tokens).loss
+    with trainable(model):
+        trained = [p for name, p in model.named_parameters() if name.endswith(("proj.codebooks", "proj.scales"))]
+        optimizer = torch.optim.Adam(trained, lr=1e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        inside = model(tokens, labels=tokens).loss
+    assert inside < before - 0.1
+    assert model.model.layers[0].mlp.experts.down_proj is weight
+    assert type(model.model.layers[0].mlp.experts) is cls
+    assert [name for name, _ in model.named_parameters()] == order
+    assert torch.equal(weight.codes, codes)
+    torch.testing.assert_close(model(tokens, labels=tokens).loss, inside)
+
+
+def test_no_gradient_gets_lost(pair: Pair) -> None:
+    experts = load(pair.aqlm).model.layers[0].mlp.experts
+    with trainable(experts):
+        for lossy in (lambda w: w[:2], lambda w: w.chunk(2, 1), lambda w: w.clone(), lambda w: w[None]):
+            with pytest.raises(RuntimeError, match="would get lost"):
+                lossy(experts.down_proj)
+        with torch.no_grad():
+            assert experts.down_proj[:2].shape == (2, 64, 128)
+        experts.to(torch.bfloat16)
+    assert experts.down_proj.dtype == experts.down_proj.codebooks.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_one_graph(pair: Pair, implementation: str) -> None:
     torch._dynamo.reset()
@@ -87,7 +152,10 @@ def test_the_op_is_sound() -> None:
     stack = random_weight("2x4g8", 32, 64, experts=3)
     x = torch.randn(7, 64, requires_grad=True)
     op = torch.ops.aqlm_tensor.experts_linear.default
-    torch.library.opcheck(op, (x, *stack.parts(), torch.tensor([2, 2, 7])))
+    codes, codebooks, scales = stack.parts()
+    for trains in (False, True):
+        weight = codes, codebooks.clone().requires_grad_(trains), scales.clone().requires_grad_(trains)
+        torch.library.opcheck(op, (x, *weight, torch.tensor([2, 2, 7])))
 
 
 def test_what_grouped_mm_refuses() -> None:
