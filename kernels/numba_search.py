@@ -198,22 +198,24 @@ def _sweep_block(
 
 @numba.njit(nogil=True, cache=True)
 def _sum_values(values: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """out[codes[r, j]] += values[r, j] in order: values [R, J, E], out [S, E]."""
-    for r in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            s = codes[r, j]
-            for e in range(out.shape[1]):
-                out[s, e] += values[r, j, e]
+    """out[k, codes[r, j, k]] += values[r, j] in order: values [R, J, E], out [K, S, E]."""
+    for k in range(codes.shape[2]):
+        for r in range(codes.shape[0]):
+            for j in range(codes.shape[1]):
+                s = codes[r, j, k]
+                for e in range(out.shape[2]):
+                    out[k, s, e] += values[r, j, e]
 
 
 @numba.njit(nogil=True, cache=True)
 def _sum_weighted(weights: np.ndarray, blocks: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-    """out[codes[r, j]] += weights[r] * blocks[j] in order: weights [R], blocks [J, E], out [S, E]."""
-    for r in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            s = codes[r, j]
-            for e in range(out.shape[1]):
-                out[s, e] += weights[r] * blocks[j, e]
+    """out[k, codes[r, j, k]] += weights[r] * blocks[j] in order: weights [R], blocks [J, E], out [K, S, E]."""
+    for k in range(codes.shape[2]):
+        for r in range(codes.shape[0]):
+            for j in range(codes.shape[1]):
+                s = codes[r, j, k]
+                for e in range(out.shape[2]):
+                    out[k, s, e] += weights[r] * blocks[j, e]
 
 
 def supports(size: int, entry: int) -> bool:  # noqa: ARG001 (every back end has the same signature)
@@ -266,8 +268,8 @@ class CodeSums:
     """Sums by code on the CPU, added in the order of the places; see `aqlm_tensor.quantizer.sums`.
 
     Args:
-        codes: [R, J] int64, below `size`.
-        size: number of sums.
+        codes: [R, J, K] int64, below `size`.
+        size: number of sums of each codebook.
     """
 
     def __init__(self, codes: Tensor, size: int) -> None:
@@ -275,13 +277,14 @@ class CodeSums:
         self.codes = codes.contiguous().numpy()
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Sums [size, E] of `values` [R * J, E] float32."""
-        sums = torch.zeros(self.size, values.shape[1])
-        _sum_values(values.contiguous().view(*self.codes.shape, -1).numpy(), self.codes, sums.numpy())
+        """Sums [K, size, E] of `values` [R * J, E] float32."""
+        rows, columns, count = self.codes.shape
+        sums = torch.zeros(count, self.size, values.shape[1])
+        _sum_values(values.contiguous().view(rows, columns, -1).numpy(), self.codes, sums.numpy())
         return sums
 
     def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
-        """Sums [size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
-        sums = torch.zeros(self.size, blocks.shape[1])
+        """Sums [K, size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
+        sums = torch.zeros(self.codes.shape[2], self.size, blocks.shape[1])
         _sum_weighted(weights.contiguous().numpy(), blocks.contiguous().numpy(), self.codes, sums.numpy())
         return sums

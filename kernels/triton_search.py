@@ -266,11 +266,12 @@ def _sum_segments(
     size: tl.tensor,
     width: tl.tensor,
     columns: tl.tensor,
+    count: tl.tensor,
     WEIGHTED: tl.constexpr,
     BN: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    """sums[split, s]: over a stretch of offsets[s] <= i < offsets[s + 1], n = order[i], the sum of values[n].
+    """sums[split, s]: over a stretch of offsets[s] <= i < offsets[s + 1], the sum of values[n], n = order[i] // count.
 
     With WEIGHTED, of weights[n // columns] * values[n % columns].
     """
@@ -283,7 +284,7 @@ def _sum_segments(
     total = tl.zeros([BN, BE], tl.float32)
     for start in range(begin, end, BN):
         i = start + tl.arange(0, BN)
-        n = tl.load(order + i, mask=i < end, other=0)
+        n = tl.load(order + i, mask=i < end, other=0) // count
         at = n % columns if WEIGHTED else n
         inside = (i < end)[:, None] & (e < width)[None, :]
         value = tl.load(values + at[:, None] * width + e[None, :], mask=inside, other=0.0)
@@ -379,34 +380,35 @@ class CodeSums:
     """Sums by code on a GPU; see `aqlm_tensor.quantizer.sums`.
 
     Args:
-        codes: [R, J] int64, below `size`.
-        size: number of sums.
+        codes: [R, J, K] int64, below `size`.
+        size: number of sums of each codebook.
     """
 
     def __init__(self, codes: Tensor, size: int) -> None:
-        self.size, self.columns = size, codes.shape[1]
-        ordered, self.order = codes.flatten().to(torch.int32).sort(stable=True)
-        bounds = torch.arange(size + 1, dtype=torch.int32, device=codes.device)
+        self.size, self.columns, self.count = size, codes.shape[1], codes.shape[2]
+        book = torch.arange(self.count, dtype=torch.int32, device=codes.device) * size
+        ordered, self.order = (codes.to(torch.int32) + book).flatten().sort(stable=True)
+        bounds = torch.arange(size * self.count + 1, dtype=torch.int32, device=codes.device)
         self.offsets = torch.searchsorted(ordered, bounds)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Sums [size, E] of `values` [R * J, E] float32."""
+        """Sums [K, size, E] of `values` [R * J, E] float32."""
         return self._sums(values.contiguous(), None)
 
     def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
-        """Sums [size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
+        """Sums [K, size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
         return self._sums(blocks.contiguous(), weights.contiguous())
 
     def _sums(self, values: Tensor, weights: Tensor | None) -> Tensor:
-        width = values.shape[1]
-        splits = max(1, min(32, len(self.order) // (self.size * 1024)))
+        width, number = values.shape[1], self.size * self.count
+        splits = max(1, min(32, len(self.order) // (number * 1024)))
         block = min(64, _power_of_two(width))
-        sums = torch.empty(splits, self.size, width, device=values.device)
+        sums = torch.empty(splits, self.count, self.size, width, device=values.device)
         kernel: Any = _sum_segments
         with _on(values.device):
-            kernel[self.size, -(-width // block), splits](
+            kernel[number, -(-width // block), splits](
                 *(values, values if weights is None else weights, self.order, self.offsets, sums),
-                *(self.size, width, self.columns),
+                *(number, width, self.columns, self.count),
                 WEIGHTED=weights is not None,
                 BN=1024 // block,
                 BE=block,

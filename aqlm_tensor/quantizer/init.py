@@ -77,7 +77,7 @@ def _kmeans(
     weighted_metric = (own * weights[:, None, None]).flatten(1)
     assigned, distance = _assign(points, own, column, metric, centres)
     for number in range(iterations):
-        sums = code_sums(assigned[:, None], size)
+        sums = code_sums(assigned[:, None, None], size)
         left = sums(weighted_metric).view(size, group, group)
         right = sums(moments).view(size, height, group)
         step = _OVERSTEP if number < iterations - 1 else 1.0

@@ -26,7 +26,8 @@ from aqlm_tensor.scheme import AQLMScheme
 __all__ = ["QuantizedLayer", "quantize_layer"]
 
 
-_FEEDBACK_ROUNDS = 2  # rounds (at most half of them) that choose all codes afresh, before local search takes over
+_FRESH_SHARE = 0.7  # of the rounds choose all codes afresh before local search takes over (of 0.5 to 0.9 the best)
+_OVERSTEP = 1.5  # past the best codebooks for the present codes: worth about a third of the rounds
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ def _solve(
     report = on_progress or (lambda _round, _error: None)
     report(0, errors[0])
     best = state
-    feedback_rounds = min(_FEEDBACK_ROUNDS, solver.max_rounds - 1) if problem.metric is not None else 0
+    fresh = int(_FRESH_SHARE * solver.max_rounds) if problem.metric is not None else 0
     for number in range(1, solver.max_rounds + 1):
-        state = problem.improve(state, afresh=number <= feedback_rounds)
+        state = problem.improve(state, afresh=number <= fresh, last=number == solver.max_rounds)
         errors.append(problem.relative(state))
         report(number, errors[-1])
         if errors[-1] < problem.relative(best):
             best = state
-        if number > feedback_rounds and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
+        if number > fresh and errors[-2] - errors[-1] <= solver.relative_tolerance * errors[-2]:
             break
     return problem.result(best, errors)
 
@@ -189,9 +190,9 @@ class _Problem:
         )
         return self._state(codebooks, scales, None, self.feedback)
 
-    def improve(self, state: _State, *, afresh: bool) -> _State:
+    def improve(self, state: _State, *, afresh: bool, last: bool) -> _State:
         """One round: codebooks, scales, and codes, either `afresh` by error feedback or starting from the present."""
-        codebooks = refine_codebooks(
+        best = refine_codebooks(
             self._target(state.scales),
             state.scales.square(),
             state.indices,
@@ -199,6 +200,7 @@ class _Problem:
             self.metric,
             self.solver.conjugate_gradient_steps,
         )
+        codebooks = best if last else torch.lerp(state.codebooks, best, _OVERSTEP)
         scales = refine_scales(self.weight, gather(codebooks, state.indices), state.scales, self.metric)
         start, coupling = (None, self.feedback) if afresh else (state.indices, self.descent)
         return self._state(codebooks, scales, start, coupling)

@@ -46,10 +46,7 @@ def refine_codebooks(
     result = codebooks.clone()
     shape = codebooks.shape
 
-    def sums_of(rows: slice) -> tuple[int, list[CodeSums]]:
-        return rows.start, [code_sums(codes, shape[1]) for codes in indices[rows].unbind(2)]
-
-    sums = dict(map_rows(sums_of, len(indices), target.device))
+    sums = dict(map_rows(lambda r: (r.start, code_sums(indices[r], shape[1])), len(indices), target.device))
 
     def normal_part(rows: slice) -> Tensor:
         step = times_metric(gather(direction, indices[rows]) * weights[rows], metric)
@@ -60,12 +57,13 @@ def refine_codebooks(
         return _scatter(step, sums[rows.start], shape)
 
     def over_rows(work: Callable[[slice], Tensor]) -> Tensor:
-        return torch.stack(map_rows(work, len(indices), target.device)).sum(0)
+        parts = map_rows(work, len(indices), target.device)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     blocks = _diagonal_blocks(metric, indices.shape[1], shape[3], target.device)
 
     def diagonal_part(rows: slice) -> Tensor:
-        return torch.stack([sum_codes.weighted(row_weights[rows], blocks) for sum_codes in sums[rows.start]])
+        return sums[rows.start].weighted(row_weights[rows], blocks)
 
     residual = over_rows(residual_part)
     preconditioner = _inverses(over_rows(diagonal_part).view(*shape[:2], shape[3], shape[3]))
@@ -73,18 +71,18 @@ def refine_codebooks(
     previous = enough = 0.0
     for _ in range(steps):
         conditioned = residual @ preconditioner
-        current = float((residual * conditioned).flatten(1).sum(1).sum())
+        current = float((residual * conditioned).sum())
         enough = enough or _CONVERGED * current
         if not current > enough:  # what is left is rounding, which further steps would amplify
             break
-        direction = conditioned + (current / previous) * direction if previous else conditioned
+        direction = conditioned.add(direction, alpha=current / previous) if previous else conditioned
         image = over_rows(normal_part)
-        curvature = float((direction * image).flatten(1).sum(1).sum())
+        curvature = float((direction * image).sum())
         if not curvature > 0:
             break
         length = current / curvature
-        result += length * direction
-        residual -= length * image
+        result.add_(direction, alpha=length)
+        residual.sub_(image, alpha=length)
         previous = current
     return result
 
@@ -105,13 +103,13 @@ def refine_scales(weight: Tensor, quantized: Tensor, scales: Tensor, metric: Ten
     return torch.where(usable, best, scales)
 
 
-def _scatter(gradient: Tensor, sums: list[CodeSums], shape: torch.Size) -> Tensor:
-    """Adjoint of `gather`: [R, H, I] -> [K, S, H, G], given the sums of each codebook's codes."""
+def _scatter(gradient: Tensor, sums: CodeSums, shape: torch.Size) -> Tensor:
+    """Adjoint of `gather`: [R, H, I] -> [K, S, H, G], given the sums by code."""
     rows, height, inputs = gradient.shape
     group = shape[3]
     groups = gradient.view(rows, height, inputs // group, group).transpose(1, 2)
     flat = groups.reshape(rows * (inputs // group), height * group)
-    return torch.stack([sum_codes(flat) for sum_codes in sums]).view(shape)
+    return sums(flat).view(shape)
 
 
 def _diagonal_blocks(metric: Tensor | None, groups: int, group: int, device: torch.device) -> Tensor:

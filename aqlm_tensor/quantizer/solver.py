@@ -28,12 +28,12 @@ class SolverConfig:
         TypeError: if a field has the wrong type.
     """
 
-    max_rounds: int = 8
+    max_rounds: int = 12
     relative_tolerance: float = 0.002
     kmeans_iterations: int = 8
     conjugate_gradient_steps: int = 8
     beam_width: int = 8
-    damping: float = 0.02
+    damping: float = 0.05
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -82,9 +82,9 @@ def test_any_scheme_is_consistent_and_never_worse_than_its_initialisation(
 def test_rounds_lower_the_error(text: str) -> None:
     weight = random_weight(96, 128)
     inputs = correlated_inputs(128, 256)
-    solver = SolverConfig(max_rounds=6, relative_tolerance=0.0)
+    solver = SolverConfig(max_rounds=8, relative_tolerance=0.0)
     layer = quantize_layer(weight, AQLMScheme.parse(text), hessian=inputs.T @ inputs, solver=solver)
-    local = layer.errors[2:]  # choosing afresh may go up; local search after it may not
+    local = layer.errors[5:]  # choosing afresh may go up; local search after it may not
     assert all(later <= earlier * (1 + 1e-4) for earlier, later in pairwise(local))
     assert layer.error < 0.9 * layer.init_error
 
