@@ -139,7 +139,8 @@ def token_loss(logits: Tensor, batch: Tensor, target: Tensor | TopLogits | None)
     else:
         if target.shape != logits.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(target.shape)}, the model's {tuple(logits.shape)}"
+                f"the teacher's logits have shape {tuple(target.shape)}, the model's {tuple(logits.shape)}: they must "
+                "be of the same vocabulary"
             )
         parts, function = (target,), _divergence
     rows = logits.flatten(0, 1)
