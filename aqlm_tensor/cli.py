@@ -119,6 +119,35 @@ def quantize(
         )
 
 
+@app.command()
+def estimate(
+    model: Model,
+    scheme: Annotated[str, typer.Option(help="As for quantize.")] = "2x8g8",
+    gguf_file: GGUFFile = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    finetune: Annotated[bool, typer.Option("--finetune", help="With fine-tuning of each block.")] = False,
+    keep_inputs: Annotated[str, typer.Option(help="device, cpu or disk, as for quantize.")] = "device",
+    dtype: Annotated[str, typer.Option(help="As for quantize.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tell how much memory and disk quantizing a model block by block will take; reads its config only."""
+    with failures():
+        from aqlm_tensor import cli_estimate
+
+        cli_estimate.run(
+            model,
+            scheme,
+            gguf_file=gguf_file,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            finetune=finetune,
+            keep_inputs=keep_inputs,  # pyright: ignore[reportArgumentType] - checked there
+            dtype=dtype,
+            as_json=as_json,
+        )
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model,

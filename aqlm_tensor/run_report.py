@@ -88,8 +88,8 @@ class RunRecord:
         machine: "system", "device" (its name) and "threads".
         resumed: whether layers were taken from a work folder; `seconds` count this run only.
         seconds: wall time by phase.
-        peak_memory_bytes: "host" is the largest resident size of the process so far, "device" the largest allocation of
-            torch on the GPU since the run began (absent on the CPU).
+        peak_memory_bytes: "host" is the largest resident size of the process so far; on a GPU the others are the
+            largest allocation of torch there by phase.
     """
 
     settings: dict[str, Any]
@@ -161,34 +161,36 @@ class CalibrationReport(QuantizationReport):
 
 @dataclass
 class Stopwatch:
-    """Wall time and peak memory of a run.
+    """Wall time and peak memory of a run by phase.
 
     Args:
-        device: whose peak allocation counts.
+        device: whose peak allocation counts, if it is a GPU.
     """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+    allocated: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Count the time inside as this phase's."""
+        """Count the time and memory inside as this phase's."""
         start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.allocated[name] = max(self.allocated.get(name, 0), peak)
 
     def record(self, settings: dict[str, Any], data: dict[str, Any], *, resumed: bool) -> RunRecord:
         """The record of a run that ends now."""
         peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
         name = platform.processor() or platform.machine()
         if self.device.type == "cuda":
-            peak["device"] = torch.cuda.max_memory_allocated(self.device)
+            peak |= self.allocated
             name = torch.cuda.get_device_name(self.device)
         machine = {"system": platform.platform(), "device": name, "threads": torch.get_num_threads()}
         return RunRecord(settings, data, _versions(), machine, resumed, dict(self.seconds), peak)

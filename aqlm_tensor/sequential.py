@@ -44,7 +44,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             continue
         blocks = [child for child in module.children() if linears_of([child])]
         repeated = not any(isinstance(block, nn.Linear) for block in blocks)
-        if repeated and len(linears_of(blocks)) > len(linears_of(most)):
+        if repeated and blocks and len(linears_of(blocks)) >= len(linears_of(most)):  # of two in each other the inner
             most = module if isinstance(module, nn.ModuleList) else nn.ModuleList(blocks)
     if not linears_of(most):
         raise ValueError(

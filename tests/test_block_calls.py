@@ -242,6 +242,8 @@ def test_blocks_in_other_containers_are_found() -> None:
     assert list(find_blocks(model)) == list(model.layers.values())
     sequence = nn.Sequential(nn.Embedding(4, 8), *(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(3)))
     assert [type(block).__name__ for block in find_blocks(sequence)] == ["TransformerEncoderLayer"] * 3
+    inner = nn.ModuleList(Stack() for _ in range(2))
+    assert find_blocks(nn.Sequential(inner)) is inner
 
 
 def test_conv1d_says_what_to_do() -> None:

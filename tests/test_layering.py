@@ -44,13 +44,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.work_folder",
     ),
     ("aqlm_tensor.pv_state", "aqlm_tensor.pv_tuning"),
-    ("aqlm_tensor.calibration", "aqlm_tensor.allocation", "aqlm_tensor.sensitivity"),
+    ("aqlm_tensor.calibration", "aqlm_tensor.memory_model", "aqlm_tensor.allocation", "aqlm_tensor.sensitivity"),
     ("aqlm_tensor",),
     ("aqlm_tensor.integrations", "aqlm_tensor.hf_model", "aqlm_tensor.evaluate"),
     ("aqlm_tensor.calibration_data", "aqlm_tensor.self_generation"),
     ("aqlm_tensor.cli_output",),
     ("aqlm_tensor.cli_arguments", "aqlm_tensor.cli_prepare", "aqlm_tensor.cli_report"),
-    ("aqlm_tensor.cli_quantize", "aqlm_tensor.cli_run", "aqlm_tensor.cli_tables"),
+    ("aqlm_tensor.cli_estimate", "aqlm_tensor.cli_quantize", "aqlm_tensor.cli_run", "aqlm_tensor.cli_tables"),
     ("aqlm_tensor.cli",),
 )
 
