@@ -3,7 +3,7 @@
 Layers that a decoder multiplies with one input (`fuse_`) keep one scheme. For each such group a table says what each
 scheme would take and cost (`aqlm_tensor.sensitivity` measures it); the cheapest choice within the budget is a knapsack
 with one item per group, solved by dynamic programming, as in HIGGS (Malinovskii et al. 2024, arXiv 2411.17525,
-section 5). It is exact up to the rounding of sizes: at most a 16384th of the spare bits for each group.
+section 5). It is exact up to the rounding of sizes to a 16384th of the bits to spare.
 
 Costs are added over layers as if they did not interact. At 2 bits they do, so the sum ranks choices better than it
 predicts their perplexity.
@@ -21,7 +21,7 @@ from aqlm_tensor.config import AQLMWeightConfig
 
 __all__ = ["Allocation", "Choice", "LayerGroup", "check_budget", "choose_schemes"]
 
-_STEPS = 1 << 14  # sizes are rounded up to this fraction of the bits that can be spent beyond the least
+_STEPS = 1 << 14  # sizes are rounded to this fraction of the bits that can be spent beyond the least
 
 
 @dataclass(frozen=True)
@@ -158,20 +158,32 @@ def _knapsack(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]],
     """The index of one item per group with the least sum of losses among those whose sizes fit."""
     smallest = [min(options) for options in sizes]
     spare = capacity - sum(smallest)
-    unit = max(1, -(-spare // _STEPS))
-    spare //= unit
-    best = np.zeros(spare + 1)  # least loss of the groups so far, by the units that they may take
+    unit = max(1, spare // _STEPS)
+    extras = [
+        [max(round((size - low) / unit), int(size > low)) for size in options]
+        for options, low in zip(sizes, smallest, strict=True)
+    ]
+    steps = spare // unit
+    best = np.zeros(steps + 1)  # least loss of the groups so far, by the units that they may take
     picks: list[np.ndarray] = []
-    extras = [[-(-(size - low) // unit) for size in options] for options, low in zip(sizes, smallest, strict=True)]
     for options, costs in zip(extras, losses, strict=True):
-        totals = np.full((len(options), spare + 1), np.inf)
+        totals = np.full((len(options), steps + 1), np.inf)
         for row, extra, cost in zip(totals, options, costs, strict=True):
-            if extra <= spare:
-                row[extra:] = best[: spare + 1 - extra] + cost
-        picks.append(totals.argmin(0))
+            if extra <= steps:
+                row[extra:] = best[: steps + 1 - extra] + cost
+        picks.append(totals.argmin(0).astype(np.int16))
         best = totals.min(0)
+    for units in range(steps, -1, -1):  # the first fits, but for what rounding added up to
+        picked = _trace(extras, picks, units)
+        if sum(options[index] for options, index in zip(sizes, picked, strict=True)) <= capacity:
+            return picked
+    raise AssertionError("with no units to spare every group takes its smallest item, and those fit")
+
+
+def _trace(extras: Sequence[Sequence[int]], picks: Sequence[np.ndarray], units: int) -> list[int]:
+    """The items that the best choice with so many units consists of."""
     picked: list[int] = []
     for options, pick in zip(reversed(extras), reversed(picks), strict=True):
-        picked.append(int(pick[spare]))
-        spare -= options[picked[-1]]
+        picked.append(int(pick[units]))
+        units -= options[picked[-1]]
     return picked[::-1]
