@@ -58,7 +58,8 @@ def targets_of(model: Any, config: AqlmConfig, transforms: list[WeightTransform]
         transforms: with which Transformers will load the model.
 
     Raises:
-        ValueError: for a layer that the scheme does not fit (unless it is to be skipped), or if none is left.
+        ValueError: for a layer that the scheme does not fit, or experts in a layout that codes cannot express (unless
+            they are to be skipped), or if none is left.
     """
     dense = config.parsed().dense
     ties = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
@@ -78,9 +79,25 @@ def targets_of(model: Any, config: AqlmConfig, transforms: list[WeightTransform]
                 f"{layer} cannot be quantized to {layer_config.scheme}: {reason}; choose another scheme, list it in "
                 'linear_weights_not_to_quantize, or pass on_incompatible="skip"'
             )
+    _check_other_experts(model, config, dense, targets)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
     return targets
+
+
+def _check_other_experts(
+    model: Any, config: AqlmConfig, dense: frozenset[str], targets: dict[str, WeightTarget]
+) -> None:
+    """Raise ValueError for experts that would stay dense unasked, in most models the greater part of the weights."""
+    if config.weight_config("").on_incompatible == "skip":
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and "experts" in name and name not in targets and name not in dense:
+            raise ValueError(
+                f"{name} {tuple(parameter.shape)} holds experts in a layout that the checkpoint of a "
+                f"{type(model).__name__} does not split into weights [out_features, in_features]: list such weights in "
+                'linear_weights_not_to_quantize, or pass on_incompatible="skip", to leave them dense'
+            )
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, str, int]]:

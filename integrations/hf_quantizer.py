@@ -148,6 +148,9 @@ class AqlmQuantizer(HfQuantizer):
         """The state dict to save, after making the config say what it holds."""
         state = model.state_dict()
         weights = {name: self._parallel.whole(name, weight) for name, weight in _quantized(model, state).items()}
+        for name, weight in weights.items():
+            if weight.orientation != "matrix":
+                raise ValueError(f"{name} is a {weight.orientation} view of an AQLM weight, which no checkpoint holds")
         pieces = checkpoint_weights(model, weights)
         schemes = {stored.removesuffix(".weight"): piece.scheme for stored, piece in pieces.values()}
         if schemes:

@@ -8,6 +8,7 @@ layer on local tensors, as it does for other quantized layers; saving joins the 
 Linear layers split by outputs (colwise) or by inputs (rowwise), in equal parts that end where groups end.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -121,17 +122,20 @@ def _placement(name: str, module: nn.Module, weight: DTensor, scheme: AQLMScheme
     """
     mesh, placements = weight.device_mesh, weight.placements
     if not isinstance(module, nn.Linear) or scheme is None or mesh.ndim != 1 or not isinstance(placements[0], Shard):
+        layer, _, weight_name = re.sub(r"\.\d+\.", ".*.", name).rpartition(".")
+        whole = dict.fromkeys([layer] if weight_name == "weight" else [layer, f"{layer}.{weight_name}"], "replicate")
         raise ValueError(
             f"{name} of a {type(module).__name__} would be distributed as {list(placements)}, but AQLM weights "
-            "only as colwise or rowwise parts of a linear layer on a mesh of one dimension: leave the layer out of the "
-            "tp_plan, or for FSDP2 load without a plan and call fully_shard afterwards"
+            "only as colwise or rowwise parts of a linear layer on a mesh of one dimension: keep it and the other "
+            f"weights of its block whole by DistributedConfig(tp_plan={whole}), or for FSDP2 load without a plan and "
+            "call fully_shard afterwards"
         )
     dim, count = placements[0].dim % 2, mesh.size()
     group = (scheme.out_group_size, scheme.in_group_size)[dim]
     if weight.shape[dim] % (count * group):
         raise ValueError(
             f"{name} {tuple(weight.shape)} cannot be split into {count} equal parts along dimension {dim}, since "
-            f"{scheme} needs parts of whole groups of {group}: use another number of ranks, or leave the layer out of "
-            "the tp_plan"
+            f"{scheme} needs parts of whole groups of {group}: use another number of ranks, or give all layers of its "
+            'block the style "replicate" in the tp_plan'
         )
     return Shard(dim)

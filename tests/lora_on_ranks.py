@@ -83,4 +83,10 @@ def assert_trains_as_in_one_process(model: Any, rank: int, accelerator: Any = No
     for step in range(2):
         assert gradients[step].keys() == expected[step].keys()
         for name, gradient in gradients[step].items():
-            torch.testing.assert_close(gradient, expected[step][name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                gradient.to(ranks.device()),
+                expected[step][name],
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text, step=step, name=name: f"{name}, step {step}: {text}",
+            )

@@ -20,7 +20,7 @@ from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
 from tests.strategies import random_parts
 
-__all__ = ["FAMILIES", "Family", "Pair", "logits_of", "write_pair"]
+__all__ = ["DECODER", "FAMILIES", "Family", "Pair", "logits_of", "write_pair"]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -81,6 +81,8 @@ def test_generate(name: str, pairs: dict[str, Pair], tmp_path: Path, monkeypatch
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "disable_compile": False}
     expected = model.generate(**prompt(), **options)
     compiled = model.generate(**prompt(), **options, cache_implementation="static")
+    moved = model.to("cpu")
+    assert {parameter.device.type for parameter in moved.parameters()} == {"cpu"}
     if name == "wide":  # in bfloat16 a fused graph may round differently, and choose another token of two as likely
         assert float((compiled == expected).float().mean()) > 0.7
         return
@@ -172,7 +174,9 @@ def test_merging_is_lossless(pairs: dict[str, Pair]) -> None:
 @two_gpus
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "wide"])
 def test_a_device_map_over_two_gpus(name: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
-    model, alone = load(name, pairs[name].aqlm, "auto"), load(name, pairs[name].aqlm)
+    stored = (pairs[name].aqlm / "model.safetensors").stat().st_size
+    room = {0: 6 * stored // 10, 1: 10**9} if name != "wide" else None  # the tiny ones would fit on any device
+    model, alone = load(name, pairs[name].aqlm, "auto", max_memory=room), load(name, pairs[name].aqlm)
     assert set(model.hf_device_map.values()) == {0, 1}
     assert {weight.codes.device.index for weight in quantized(model)} == {0, 1}
     assert torch.equal(logits_of(model).cpu(), logits_of(alone).cpu())
@@ -182,6 +186,15 @@ def test_a_device_map_over_two_gpus(name: str, pairs: dict[str, Pair], tmp_path:
         assert torch.equal(tokens, alone.generate(**prompt(), **options, disable_compile=True))
     model.save_pretrained(tmp_path)
     assert_same_file(tmp_path, pairs[name].aqlm)
+
+
+@two_gpus
+def test_a_full_device_map_of_two_gpus_and_the_cpu(pairs: dict[str, Pair]) -> None:
+    stored = (pairs["wide"].aqlm / "model.safetensors").stat().st_size
+    room = {0: stored // 2, 1: stored // 3, "cpu": 10**9}
+    model, alone = load("wide", pairs["wide"].aqlm, "auto", max_memory=room), load("wide", pairs["wide"].aqlm)
+    assert set(model.hf_device_map.values()) == {0, 1, "cpu"}
+    assert torch.equal(logits_of(model).cpu(), logits_of(alone).cpu())
 
 
 @two_gpus

@@ -15,7 +15,7 @@ from aqlm_tensor.integrations.hf import AqlmConfig
 from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight
 from tests.models import QUICK, config
 
-from .official import FAMILIES, Pair, logits_of, write_pair
+from .official import DECODER, FAMILIES, Pair, logits_of, write_pair
 
 SOLVER = {"max_rounds": 1, "kmeans_iterations": 1}
 
@@ -114,6 +114,45 @@ def test_experts(tmp_path: Path) -> None:
     names = {row.name for row in inspect(tmp_path / "saved") if row.scheme is not None}
     assert "model.layers.1.block_sparse_moe.experts.3.w3.weight" in names
     assert len(names) == len(pair.quantized)
+
+
+TRANSPOSED = {
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+    ),
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(
+            **DECODER, num_local_experts=32, intermediate_size_mlp=128, head_dim=16, interleave_moe_layer_step=1
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_experts_that_are_stored_transposed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one tensor in the checkpoint, too: refused before anything is read, or left dense if that is wanted."""
+    dense: Any = TRANSPOSED[name]()
+    dense.save_pretrained(tmp_path / "dense")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r'experts\.gate_up_proj.*"skip", to leave'):
+        patch.setattr(QuantizeWeight, "convert", lambda *_, **__: pytest.fail("it began to load"))
+        type(dense).from_pretrained(tmp_path / "dense", quantization_config=config("2x4g8"))
+    skipping = config("2x4g8", on_incompatible="skip")
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=skipping)
+    experts = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+    assert experts
+    assert not any(isinstance(parameter, AQLMTensor) for parameter in experts)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, AQLMTensor)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(type(dense).from_pretrained(tmp_path / "saved")), logits_of(model))
+
+
+def test_transposed_weights_are_not_saved_as_if_they_were_not(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, FAMILIES["llama"])
+    model = FAMILIES["llama"].auto.from_pretrained(pair.aqlm)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.t(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"q_proj\.weight is a transposed view"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 def test_what_is_refused(llama: Pair) -> None:

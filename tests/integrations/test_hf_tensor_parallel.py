@@ -80,15 +80,28 @@ def input_gradients(rank: int, folder: Path) -> None:
 
 def refusals(rank: int, folder: Path) -> None:
     wide = checkpoint(rank, folder, "llama", "2x4g64")
-    with pytest.raises(ValueError, match=r"o_proj.*2 equal parts along dimension 1.*whole groups of 64.*tp_plan"):
+    with pytest.raises(ValueError, match=r"o_proj.*2 equal parts along dimension 1.*whole groups of 64.*replicate"):
         parallel(wide)
     (folder / "mixtral").mkdir(exist_ok=True)
     mixtral = checkpoint(rank, folder / "mixtral", "mixtral", "2x4g8")
-    with pytest.raises(ValueError, match=r"experts.*only as colwise or rowwise"):
+    with pytest.raises(
+        ValueError, match=r"experts.*only as colwise or rowwise.*'model.layers.\*.mlp.experts': 'replicate'"
+    ):
         parallel(mixtral)
 
 
-CASES = (llama, qwen2, input_gradients, refusals)
+def experts_kept_whole(rank: int, folder: Path) -> None:
+    """The remedy that the refusal names."""
+    mixtral = checkpoint(rank, folder, "mixtral", "2x4g8")
+    experts = "model.layers.*.mlp.experts"
+    kept = dict.fromkeys((experts, f"{experts}.gate_up_proj", f"{experts}.down_proj"), "replicate")
+    model, alone = parallel(mixtral, kept), whole(mixtral)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (32, 64)
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 128)
+    torch.testing.assert_close(logits_of(model), logits_of(alone), rtol=1e-4, atol=1e-5)
+
+
+CASES = (llama, qwen2, input_gradients, refusals, experts_kept_whole)
 
 
 @pytest.fixture(scope="module", params=ranks.each_device)
