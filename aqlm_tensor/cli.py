@@ -214,9 +214,16 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Device = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="Say why each other kernel does not run.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First time the kernels on DEVICE, and store which is fastest when.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell which kernel multiplies with a scheme on this machine."""
+    """Tell which kernel multiplies with a scheme on this machine.
+
+    What --measure stores, in the folder that AQLM_TENSOR_CACHE names or in ~/.cache/aqlm_tensor, every process of this
+    user goes by from then on.
+    """
     with failures():
         from aqlm_tensor import cli_tables
 
@@ -228,6 +235,7 @@ def kernels(
             dtype=dtype,
             device=device,
             explain=explain,
+            measure=measure,
             as_json=as_json,
         )
 

@@ -6,10 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aqlm_tensor import checkpoint
 from aqlm_tensor.cli_arguments import parse_device, parse_dtype, parse_rows
-from aqlm_tensor.cli_output import UsageError, emit, print_json, usage
-from aqlm_tensor.kernels import registry
+from aqlm_tensor.cli_output import UsageError, emit, note, phase, print_json, usage
+from aqlm_tensor.kernels import crossovers, registry
+from aqlm_tensor.kernels import measure as measuring
 from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 
@@ -99,6 +102,7 @@ def kernels(
     dtype: str,
     device: str,
     explain: bool,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Print which kernel runs a product; see `aqlm-tensor kernels --help`."""
@@ -108,8 +112,11 @@ def kernels(
     if reason is not None:
         raise UsageError(f"--scheme {scheme} does not fit a {out_features}x{in_features} weight: {reason}")
     target, float_type = parse_device(device), parse_dtype(dtype, auto=False)
+    counts = parse_rows(rows)
+    if measure:
+        _measure(parsed, float_type, target)
     answers = []
-    for count in parse_rows(rows):
+    for count in counts:
         problem = Problem("linear", parsed, count, in_features, out_features, 1, float_type, target)
         table = [{"kernel": kernel.name, "reason": reason} for kernel, reason in registry.explain(problem)]
         chosen = next((row["kernel"] for row in table if row["reason"] is None), None)
@@ -123,6 +130,14 @@ def kernels(
         if explain:
             for row in answer["kernels"]:
                 emit(f"    {row['kernel']}: {_verdict(row, answer['chosen'])}")
+
+
+def _measure(scheme: AQLMScheme, dtype: torch.dtype, device: torch.device) -> None:
+    """Measure crossovers, store them and use them from now on."""
+    with phase(f"timing kernels for {scheme} in {str(dtype).removeprefix('torch.')} on {device}"), usage():
+        path = crossovers.store(device, measuring.measure([scheme], dtype, device))
+    registry.refresh()
+    note(f"stored in {path}")
 
 
 def _verdict(row: dict[str, Any], chosen: str | None) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "linear",
     "plan_with",
     "run_plan",
+    "slower_than_next",
     "supports",
     "variant_defines",
 ]
@@ -92,6 +93,13 @@ def supports(problem: Problem) -> str | None:
     if not 1 <= problem.rows <= MAX_TOKENS:
         return f"runs 1 to {MAX_TOKENS} rows of x, not {problem.rows}"
     return cuda_runtime.why_not_groups_of_8(problem, (1, 2, 4), (torch.float16, torch.bfloat16))
+
+
+def slower_than_next(problem: Problem) -> str | None:
+    """Why a kernel for many tokens is the better choice where nothing was measured."""
+    if problem.rows <= _TOKENS_AT_ONCE:
+        return None
+    return f"needs several launches for more than {_TOKENS_AT_ONCE} rows of x"
 
 
 def _cycles(shape: Shape, variant: Variant, splits: int, grid_x: int) -> float:

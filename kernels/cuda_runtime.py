@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqlm_tensor.kernels.crossovers import cache_folder
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
     "Kernel",
-    "cache_folder",
     "compile_source",
     "cubin",
     "device_arch",
@@ -133,15 +133,6 @@ def prepared(
     if not codebooks.is_contiguous() or codebooks.data_ptr() % 16:
         codebooks = codebooks.clone(memory_format=torch.contiguous_format)
     return x, codes, codebooks, scales.contiguous(), None if bias is None else bias.contiguous()
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `AQLM_TENSOR_CACHE`, or `aqlm_tensor` in the user's cache folder."""
-    chosen = os.environ.get("AQLM_TENSOR_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "aqlm_tensor"
 
 
 def compile_source(source: str, defines: Iterable[tuple[str, int]], arch: str) -> bytes:

@@ -2,8 +2,9 @@
 
 Every kernel is a module with the functions `supports(problem)`, `linear`, `linear_input_grad` and `dequantize` over
 plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), `invalidate(codes)` if it caches anything, and
-`slower_than_next(problem)` if a measured crossover makes a later row the better choice for some problems. The first
-kernel in `KERNELS` that both questions pass runs. The choice depends only on the `Problem`, never on timing, so the
+`slower_than_next(problem)` if a later row is known to be the better choice for some problems. The first kernel in
+`KERNELS` that both questions pass runs, unless a table of measured crossovers (`aqlm_tensor.kernels.crossovers`) names
+another for the device. The choice depends only on the `Problem` and that table, never on timing at run time, so the
 same call gives the same bits in every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL names one
 kernel instead; if it cannot run the problem, that is an error with its reason.
 """
@@ -22,6 +23,7 @@ from typing import Literal
 
 import torch
 
+from aqlm_tensor.kernels import crossovers
 from aqlm_tensor.scheme import AQLMScheme
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "implementation",
     "invalidate",
     "record",
+    "refresh",
 ]
 
 ENV_VARIABLE = "AQLM_TENSOR_KERNEL"
@@ -132,8 +135,8 @@ def _cuda(name: str) -> Kernel:
     )
 
 
-# Fastest first where several can run. On one H100, one token of 2x8g8: partial sums, then lookup; up to 64 tokens:
-# lookup; beyond, decoding pieces for cuBLAS.
+# Fastest first where several can run and nothing was measured. One token of 2x8g8: partial sums, then lookup; up to 64
+# tokens: lookup; beyond, the product with tiles of looked-up weights (Hopper) or decoding pieces for cuBLAS.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "numba",
@@ -145,6 +148,7 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("cuda_partial_sums"),
     _cuda("cuda_lookup"),
     _cuda("cuda_sliced_codebook"),
+    _cuda("cuda_lookup_gemm"),
     _cuda("cuda_float32"),
     _cuda("cuda_dequantize"),
     Kernel(
@@ -202,7 +206,25 @@ def record() -> Iterator[list[tuple[Op, str]]]:
 
 def explain(problem: Problem) -> list[tuple[Kernel, str | None]]:
     """Every kernel of the table with the reason why it is passed over, or None; the first None is chosen."""
-    return [(kernel, kernel.why_not_chosen(problem)) for kernel in KERNELS]
+    measured = _measured(problem)
+    if measured is None:
+        return [(kernel, kernel.why_not_chosen(problem)) for kernel in KERNELS]
+    fastest, source = measured
+    slower = f"slower than {fastest.name} as measured {source}"
+    return [(kernel, None if kernel is fastest else kernel.why_not(problem) or slower) for kernel in KERNELS]
+
+
+def _measured(problem: Problem) -> tuple[Kernel, str] | None:
+    """The kernel that was measured to be the fastest, if it can run the problem, and where that was."""
+    if problem.op != "linear" or problem.rows < 1:
+        return None
+    weights = problem.in_features * problem.out_features
+    found = crossovers.fastest(problem.scheme, problem.dtype, weights, problem.rows, problem.device)
+    if found is None:
+        return None
+    name, source = found
+    kernel = next((kernel for kernel in KERNELS if kernel.name == name), None)
+    return None if kernel is None or kernel.why_not(problem) is not None else (kernel, source)
 
 
 def invalidate(codes: torch.Tensor) -> None:
@@ -211,6 +233,12 @@ def invalidate(codes: torch.Tensor) -> None:
         module = sys.modules.get(kernel.module)  # a kernel that never ran has nothing to forget
         if module is not None and hasattr(module, "invalidate"):
             module.invalidate(codes)
+
+
+def refresh() -> None:
+    """Choose anew from now on, after new crossovers were stored."""
+    crossovers.forget()
+    _choose.cache_clear()
 
 
 def _by_name(name: str) -> Kernel:

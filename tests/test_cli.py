@@ -349,6 +349,7 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "empty prompt": (lambda f: ["generate", f / "dense", "--prompt", " "], "--prompt is empty"),
     "inspect no folder": (lambda f: ["inspect", f / "nothing"], "is not a folder"),
     "kernels rows": (lambda _: ["kernels", "--rows", "1,x"], "'1,x'"),
+    "kernels measure": (lambda _: ["kernels", "--measure"], "nothing to measure"),
     "kernels shape": (lambda _: ["kernels", "--in-features", "30"], "not a multiple"),
     "kernels dtype": (lambda _: ["kernels", "--dtype", "auto"], "'auto' is unknown"),
 }
