@@ -10,34 +10,30 @@ out of memory or filled the disk resumes to the same bits: forward passes are re
 fine-tuning are not.
 """
 
-import contextlib
-import errno
-import functools
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig
 
-from aqlm_tensor.activations import PLACES, Activations, Place
-from aqlm_tensor.api import quantize_
-from aqlm_tensor.block_calls import Batch, BlockCalls, on_device, tensors_of
+from aqlm_tensor.activations import PLACES, Place
+from aqlm_tensor.block_calls import Batch, tensors_of
+from aqlm_tensor.block_run import BlockRun
 from aqlm_tensor.config import AQLMWeightConfig
-from aqlm_tensor.experts import ExpertObserver, ExpertStack, find_stacks, one_by_one, quantize_expert
-from aqlm_tensor.finetune import FinetuneConfig, finetune_block
-from aqlm_tensor.handler import LayerReport
-from aqlm_tensor.linear import set_quantized
-from aqlm_tensor.quantizer.observers import detach_observers
-from aqlm_tensor.run_report import BlockReport, CalibratedLayer, CalibrationReport, Phase, Progress, Stopwatch
-from aqlm_tensor.sequential import dense_weights, find_blocks, linears_of, members, reading_order
+from aqlm_tensor.experts import find_stacks
+from aqlm_tensor.finetune import FinetuneConfig
+from aqlm_tensor.ranks import Ranks
+from aqlm_tensor.run_report import CalibrationReport, Progress, Stopwatch
+from aqlm_tensor.sequential import find_blocks, linears_of, members
 from aqlm_tensor.targets import Target, find_targets
-from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.work_folder import WorkFolder, as_json, fingerprint
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["calibrate"]
 
@@ -53,6 +49,7 @@ def calibrate(
     true_sequential: bool = False,
     device: torch.device | str | None = None,
     keep_inputs: Place = "device",
+    group: "ProcessGroup | None" = None,
     work_dir: str | Path | None = None,
     resume: bool = False,
     data_origin: Mapping[str, Any] | None = None,
@@ -81,6 +78,9 @@ def calibrate(
             memory; None computes where the first block is.
         keep_inputs: where the inputs of a block wait: "device", "cpu" or "disk" (in `work_dir`, or with the system's
             temporary files).
+        group: divide the layers over the ranks of this process group (torch.distributed); each calls this function with
+            the same model and arguments but for `device`, and gets the bits that one process would. `work_dir` must
+            then be one folder for all.
         work_dir: keep finished layers and blocks in this folder.
         resume: go on with what `work_dir` holds; the model must be the dense one again, and everything else the same.
         data_origin: JSON-able notes on where the batches come from, for the report ("data", "origin").
@@ -113,15 +113,19 @@ def calibrate(
     data["origin"] = None if data_origin is None else dict(data_origin)
     where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
     watch = Stopwatch(where)
-    run = _Run(model, finetune, true_sequential, chosen, targets, stacks, where, keep_inputs, watch, on_progress)
+    ranks = Ranks(group)
+    run = BlockRun(
+        model, finetune, true_sequential, chosen, targets, stacks, where, keep_inputs, ranks, watch, on_progress
+    )
     training = model.training
     model.eval()
     try:
         with run.remedies(work_dir):
             if work_dir is not None:
-                run.work = WorkFolder(Path(work_dir), resume=resume)
-                run.work.check_same(settings, chosen, data["sha256"])
-            resumed = run.work is not None and run.work.finished_layers > 0
+                with ranks.first_alone():
+                    work = WorkFolder(Path(work_dir), resume=resume or ranks.rank > 0)
+                    work.check_same(settings, chosen, data["sha256"])
+                run.use(work)
             run.capture(batches)
             for index, block in enumerate(chosen):
                 run.quantize(index, block)
@@ -129,7 +133,7 @@ def calibrate(
                     after_block(index + 1)
     finally:
         model.train(training)
-    record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=resumed)
+    record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=bool(run.finished_layers))
     return CalibrationReport(tuple(run.layers), (), skipped | dense_stacks, tuple(run.tuned), record)
 
 
@@ -154,10 +158,6 @@ def _to_prepare(
     return config, targets, skipped | dict.fromkeys(outside, "it is in none of the blocks")
 
 
-def _at_step(step: Literal["prepare", "convert"], targets: Sequence[Target]) -> FqnToConfig:
-    return FqnToConfig(OrderedDict((target.fqn, replace(target.config, step=step)) for target in targets))
-
-
 def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None) -> None:
     if not batches:
         raise ValueError("no batches to calibrate on: pass some, of real inputs")
@@ -175,222 +175,3 @@ def _tokens(batches: Sequence[Batch]) -> int:
     """Tokens in all, where batches are, or hold, token ids."""
     ids = [batch if isinstance(batch, Tensor) else batch.get("input_ids") for batch in batches]
     return sum(tensor.numel() for tensor in ids if isinstance(tensor, Tensor) and not tensor.is_floating_point())
-
-
-@dataclass
-class _Run:
-    """One call of `calibrate`, block by block."""
-
-    model: nn.Module
-    finetune: FinetuneConfig | None
-    true_sequential: bool
-    blocks: list[nn.Module]
-    targets: list[Target]
-    stacks: list[ExpertStack]
-    device: torch.device
-    place: Place
-    watch: Stopwatch
-    on_progress: Callable[[Progress], None] | None
-    work: WorkFolder | None = None
-    layers: list[LayerReport] = field(default_factory=list)
-    tuned: list[BlockReport] = field(default_factory=list)
-    now: tuple[Phase, int] = ("capture", 0)
-
-    def capture(self, batches: Sequence[Batch]) -> None:
-        """Learn what the blocks are called with."""
-        with self._phase("capture", 0):
-            folder = None if self.work is None else self.work.path
-            self.calls = BlockCalls(
-                self.model, self.blocks, batches, device=self.device, place=self.place, folder=folder
-            )
-
-    def quantize(self, index: int, block: nn.Module) -> None:
-        """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
-        chosen = set(map(id, linears_of([block])))
-        targets = [target for target in self.targets if id(target.module) in chosen]
-        inside = set(map(id, block.modules()))
-        stacks = [stack for stack in self.stacks if id(stack.module) in inside]
-        finished = self.work is not None and self.work.has_block(index)
-        with on_device(block, self.device):
-            if (targets or stacks) and not finished:
-                outputs = self._quantize_layers(index, block, targets, stacks)
-                if self.finetune is not None:
-                    with dense_weights(nn.ModuleList(stack.module for stack in stacks)):
-                        self._fine_tune(index, block, outputs)
-                if self.work is not None:
-                    self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
-            elif finished:
-                self._take_block(index, block, targets, stacks)
-            if index + 1 < len(self.blocks):
-                with dense_weights(block), self._phase("propagate", index):
-                    self.calls.inputs = self._outputs(index)
-
-    def _quantize_layers(
-        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
-    ) -> Activations | None:
-        """Quantize the layers of a block; the outputs that the dense block has for its inputs, to tune on."""
-        outputs = None
-        try:
-            for number, (group, watched) in enumerate(self._groups(index, block, targets, stacks)):
-                if group:
-                    quantize_(self.model, _at_step("prepare", group))
-                observer = ExpertObserver(watched)
-                with one_by_one(watched), dense_weights(block), self._phase("calibrate", index), observer:
-                    if number == 0 and self.finetune is not None:
-                        outputs = self._outputs(index)
-                    else:
-                        for _ in self._each_output(index):
-                            pass
-                with self._phase("quantize", index):
-                    self._convert(group)
-                    for stack in watched:
-                        self._convert_experts(stack, observer)
-        finally:
-            detach_observers(block.modules())
-        return outputs
-
-    def _convert(self, targets: list[Target]) -> None:
-        """Quantize prepared layers, but for those that the work folder holds."""
-        for target in targets:
-            if self.work is not None and self.work.has_layer(target.fqn):
-                self._take(target)
-                detach_observers([target.module])
-        dense = [target for target in targets if not isinstance(target.module.weight, AQLMTensor)]
-        weights = {target.fqn: target.module.weight for target in dense}
-        done = functools.partial(self._layer_done, weights)
-        if dense:
-            quantize_(self.model, _at_step("convert", dense), on_layer=done)
-
-    def _convert_experts(self, stack: ExpertStack, observer: ExpertObserver | None) -> None:
-        """Quantize each expert of a stack, but for those that the work folder holds; all, without an observer."""
-        weights: list[Tensor] = []
-        for expert in range(len(stack.weight)):
-            name, dense = stack.expert(expert), stack.weight[expert]
-            if self.work is not None and self.work.has_layer(name):
-                report, weight = self.work.load_layer(name, dense.device)
-            else:
-                assert observer is not None
-                weight, plain = quantize_expert(stack, expert, observer)
-                report = CalibratedLayer(**asdict(plain), weight_error=_weight_error(dense, weight))
-                if self.work is not None:
-                    self.work.save_layer(report, weight)
-            weights.append(weight)
-            self.layers.append(report)
-            self._tell(report)
-        stacked = torch.stack(weights)
-        assert isinstance(stacked, AQLMTensor)
-        stack.replace(stacked)
-
-    def _groups(
-        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
-    ) -> list[tuple[list[Target], list[ExpertStack]]]:
-        """The layers and expert stacks of a block that are calibrated in one pass, for each pass."""
-        if not self.true_sequential or not targets:
-            return [(targets, stacks)]
-        first = functools.partial(self.calls.run, index, 0, self.calls.inputs[0])
-        by_layer = {id(target.module): target for target in targets}
-        groups = reading_order(block, [target.module for target in targets], first)
-        passes: list[tuple[list[Target], list[ExpertStack]]] = []
-        passes += [([by_layer[id(layer)] for layer in group], []) for group in groups]
-        return [*passes, ([], stacks)] if stacks else passes
-
-    def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
-        assert self.finetune is not None
-        assert outputs is not None
-        start = time.perf_counter()
-        call = functools.partial(self.calls.run, index)
-        with self._phase("fine-tune", index):
-            errors = finetune_block(
-                block, call, self.calls.inputs, outputs, self.finetune, seed=self.targets[0].config.seed
-            )
-        self.tuned.append(BlockReport(index, *errors, time.perf_counter() - start))
-
-    def _take(self, target: Target) -> None:
-        """Take a finished layer from the work folder."""
-        assert self.work is not None
-        report, weight = self.work.load_layer(target.fqn, target.module.weight.device)
-        dense = target.module.weight
-        sharing = [layer for layer in linears_of([self.model]) if layer.weight is dense]
-        set_quantized(sharing, weight)
-        self.layers.append(report)
-        self._tell(report)
-
-    def _take_block(self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]) -> None:
-        """Take a finished block from the work folder."""
-        assert self.work is not None
-        with self._phase("quantize", index):
-            for target in targets:
-                self._take(target)
-            for stack in stacks:
-                self._convert_experts(stack, None)
-            tuned = self.work.load_block(index, block)
-        self.tuned += [] if tuned is None else [BlockReport(**tuned)]
-
-    def _each_output(self, index: int) -> Iterator[Tensor]:
-        for batch, hidden in enumerate(self.calls.inputs):
-            yield self.calls.run(index, batch, hidden)
-
-    def _outputs(self, index: int) -> Activations:
-        outputs = self.calls.activations()
-        for output in self._each_output(index):
-            outputs.append(output)
-        return outputs
-
-    def _layer_done(self, dense: dict[str, Tensor], report: LayerReport) -> None:
-        weight = self.model.get_submodule(report.fqn).weight
-        assert isinstance(weight, AQLMTensor)
-        calibrated = CalibratedLayer(**asdict(report), weight_error=_weight_error(dense.pop(report.fqn), weight))
-        if self.work is not None:
-            self.work.save_layer(calibrated, weight)
-        self.layers.append(calibrated)
-        self._tell(calibrated)
-
-    @contextlib.contextmanager
-    def _phase(self, phase: Phase, index: int) -> Iterator[None]:
-        self.now = (phase, index)
-        self._tell()
-        with self.watch.phase(phase):
-            yield
-
-    def _tell(self, layer: LayerReport | None = None) -> None:
-        if self.on_progress is not None:
-            phase, index = self.now
-            total = len(self.targets) + sum(len(stack.weight) for stack in self.stacks)
-            self.on_progress(Progress(phase, index, len(self.blocks), len(self.layers), total, layer))
-
-    @contextlib.contextmanager
-    def remedies(self, work_dir: str | Path | None) -> Iterator[None]:
-        """Add to an error for want of memory or disk where it came, what is kept, and what to do."""
-        try:
-            yield
-        except (MemoryError, RuntimeError, OSError) as error:
-            remedy = _remedy(error, self.device)
-            if remedy is not None:
-                phase, index = self.now
-                kept = (
-                    f"{len(self.layers)} finished layers are kept in {work_dir}: go on from there with resume=True "
-                    "(--resume)"
-                    if self.work is not None
-                    else "nothing was kept: pass work_dir to keep finished layers"
-                )
-                error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}); {kept}. {remedy}")
-            raise
-
-
-def _remedy(error: Exception, device: torch.device) -> str | None:
-    """What helps against an error for want of memory or disk; None for other errors."""
-    if isinstance(error, OSError):
-        return "Make room on the disk first." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-        return None
-    moved = "" if device.type == "cpu" else ", a model in CPU memory with device=... (one block at a time on the GPU)"
-    return f'To need less memory: keep_inputs="cpu" or "disk" (--keep-inputs), smaller or fewer batches{moved}.'
-
-
-def _weight_error(dense: Tensor, weight: AQLMTensor) -> float:
-    """|W - What|^2 / |W|^2, some rows at a time."""
-    error = total = 0.0
-    for ours, theirs in zip(weight.dequantize().split(1024), dense.split(1024), strict=True):
-        error += float((ours.float() - theirs.float()).square().sum(dtype=torch.float64))
-        total += float(theirs.float().square().sum(dtype=torch.float64))
-    return error / total if total else error

@@ -27,10 +27,11 @@ from aqlm_tensor.checkpoint_io import flush, read_json
 from aqlm_tensor.run_report import CalibratedLayer
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["WorkFolder", "as_json", "fingerprint"]
+__all__ = ["WorkFolder", "as_json", "continuous", "fingerprint"]
 
 _FORMAT = 2
 _STATE = "state.json"
+_SUFFIX = ".safetensors"
 
 
 class WorkFolder:
@@ -86,14 +87,13 @@ class WorkFolder:
                 "config and batches, or choose another work_dir"
             )
 
-    @property
-    def finished_layers(self) -> int:
-        """How many layers it holds."""
-        return len(list(self.path.glob("layer.*.safetensors")))
+    def layers(self) -> set[str]:
+        """Names of the finished layers."""
+        return {file.name.removeprefix("layer.").removesuffix(_SUFFIX) for file in self.path.glob(f"layer.*{_SUFFIX}")}
 
-    def has_layer(self, fqn: str) -> bool:
-        """Whether a layer is finished."""
-        return self._layer(fqn).is_file()
+    def blocks(self) -> set[int]:
+        """Indices of the finished blocks."""
+        return {int(file.name.split(".")[1]) for file in self.path.glob(f"block.*{_SUFFIX}")}
 
     def save_layer(self, report: CalibratedLayer, weight: AQLMTensor) -> None:
         """Keep a finished layer."""
@@ -105,28 +105,24 @@ class WorkFolder:
         report["shape"] = tuple(report["shape"])
         return CalibratedLayer(**report), AQLMTensor(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
-    def has_block(self, index: int) -> bool:
-        """Whether a block is finished."""
-        return self._block(index).is_file()
-
     def save_block(self, index: int, block: nn.Module, report: Any | None) -> None:
         """Keep what fine-tuning changed in a block, with its report (a dataclass)."""
-        self._save(self._block(index), _continuous(block), None if report is None else asdict(report))
+        self._save(self._block(index), continuous(block), None if report is None else asdict(report))
 
     @torch.no_grad()
     def load_block(self, index: int, block: nn.Module) -> dict[str, Any] | None:
         """Put into a block, whose layers are quantized, what fine-tuning changed; its report's fields."""
-        targets = _continuous(block)
+        targets = continuous(block)
         tensors, report = self._load(self._block(index), next(block.parameters()).device)
         for name, target in targets.items():
             target.copy_(tensors[name])
         return report
 
     def _layer(self, fqn: str) -> Path:
-        return self.path / f"layer.{fqn}.safetensors"
+        return self.path / f"layer.{fqn}{_SUFFIX}"
 
     def _block(self, index: int) -> Path:
-        return self.path / f"block.{index:05d}.safetensors"
+        return self.path / f"block.{index:05d}{_SUFFIX}"
 
     def _save(self, file: Path, tensors: dict[str, Tensor], report: dict[str, Any] | None) -> None:
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -149,7 +145,7 @@ class WorkFolder:
         flush(self.path)
 
 
-def _continuous(block: nn.Module) -> dict[str, Tensor]:
+def continuous(block: nn.Module) -> dict[str, Tensor]:
     """What fine-tuning may change in a block, by name."""
     found: dict[str, Tensor] = {}
     for name, parameter in block.named_parameters():

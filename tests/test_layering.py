@@ -14,7 +14,7 @@ FOLDERS = {"aqlm_tensor": "aqlm_tensor", "aqlm_tensor.kernels": "kernels", "aqlm
 # From the bottom up. A module belongs to the longest name here that it equals or starts with; "aqlm_tensor" alone is
 # the package's lazy index of public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("aqlm_tensor.scheme",),
+    ("aqlm_tensor.scheme", "aqlm_tensor.ranks"),
     ("aqlm_tensor.codes",),
     ("aqlm_tensor.kernels",),
     ("aqlm_tensor.quantizer",),
@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.work_folder",
     ),
     ("aqlm_tensor.pv_state", "aqlm_tensor.pv_tuning"),
+    ("aqlm_tensor.block_run",),
     ("aqlm_tensor.calibration", "aqlm_tensor.memory_model", "aqlm_tensor.allocation", "aqlm_tensor.sensitivity"),
     ("aqlm_tensor",),
     ("aqlm_tensor.integrations", "aqlm_tensor.hf_model", "aqlm_tensor.evaluate"),
