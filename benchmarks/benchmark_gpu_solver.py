@@ -37,7 +37,7 @@ OFFICIAL = {  # relative activation errors, 2x8g8, 128 x 1024 tokens of WikiText
     16: (0.00662, 0.00560, 0.03490, 0.03267, 0.02532, 0.04499, 0.05288),
 }
 GAUSSIAN = {"1x8g8": 0.3203, "2x8g8": 0.1031, "3x8g8": 0.0344, "4x8g8": 0.0120, "1x12g8": 0.1642, "1x16g8": 0.0743}
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # inputs, outputs
+SHAPES = ((4096, 4096), (4096, 14336), (8192, 28672), (14336, 4096))  # inputs, outputs
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def gaussian(bench: Bench, device: torch.device) -> None:
 
 def scaling(bench: Bench, device: torch.device) -> None:
     """Shapes of large models."""
-    for scheme in ("2x8g8", "1x16g8"):
-        for inputs, outputs in SHAPES:
+    for inputs, outputs in SHAPES:
+        for scheme in ("2x8g8", "1x16g8"):
             generator = torch.Generator(device).manual_seed(0)
             weight = torch.randn(outputs, inputs, device=device, generator=generator)
             mix = torch.randn(inputs, 256, device=device, generator=generator)
