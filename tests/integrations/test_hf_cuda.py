@@ -34,6 +34,10 @@ WIDE = Family(
     ),
 )  # fmt: skip
 
+PLACES: dict[str, Any] = dict.fromkeys(
+    ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), 0
+)
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
@@ -114,9 +118,10 @@ def test_offload_to_the_cpu(name: str, pairs: dict[str, Pair]) -> None:
 
 
 def test_a_device_map_with_the_cpu(pairs: dict[str, Pair], tmp_path: Path) -> None:
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0, "lm_head": 0}
-    places |= {"model.rotary_emb": 0}
-    model, alone = load("llama", pairs["llama"].aqlm, places), load("llama", pairs["llama"].aqlm)
+    model, alone = (
+        load("llama", pairs["llama"].aqlm, {**PLACES, "model.layers.1": "cpu"}),
+        load("llama", pairs["llama"].aqlm),
+    )
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(logits_of(model), logits_of(alone))
     assert torch.equal(
@@ -174,9 +179,8 @@ def test_merging_is_lossless(pairs: dict[str, Pair]) -> None:
 @two_gpus
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "wide"])
 def test_a_device_map_over_two_gpus(name: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
-    alone = load(name, pairs[name].aqlm)
-    room = {0: alone.get_memory_footprint() - 1, 1: 10**9} if name != "wide" else None  # the tiny ones fit anywhere
-    model = load(name, pairs[name].aqlm, "auto", max_memory=room)
+    places = "auto" if name == "wide" else {**PLACES, "model.layers.1": 1}  # the tiny ones fit on one
+    model, alone = load(name, pairs[name].aqlm, places), load(name, pairs[name].aqlm)
     assert set(model.hf_device_map.values()) == {0, 1}
     assert {weight.codes.device.index for weight in quantized(model)} == {0, 1}
     assert torch.equal(logits_of(model).cpu(), logits_of(alone).cpu())
