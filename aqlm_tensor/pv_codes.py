@@ -9,8 +9,9 @@ often as it lowered it. So the gradient G of the dense weight W is joined by a c
     G_o d + damping / 2 * s_o * d X^T X d^T        d the change of the row, s_o the power of its output's gradient
 
 which is what the layer solver minimises: its sweep of coordinate descent, couplings between groups included, takes the
-step. Rows with the largest gain are kept, as many as `code_fraction` and `trust_ratio` allow. Damping is that of a
-trust region: a step that raises the loss of batches which did not take part is undone and tried again with more.
+step. The model knows nothing of how rows and layers depend on one another; so only the rows with the largest gain of
+all layers are changed, and the damping is that of a trust region: a step that does not lower the loss of batches which
+had no part in it is undone and tried again with more.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +26,13 @@ from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.pv_config import PVConfig
 from aqlm_tensor.quantizer.hessian import descent_coupling
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
-from aqlm_tensor.quantizer.search import gather, sweep
+from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 
 __all__ = ["FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
 
-FIRST_DAMPING = 32.0
-_TRIES = 4  # of one V step
-_FACTOR = 2.0  # from one damping to the next
+FIRST_DAMPING = 64.0  # the power of gradients understates the curvature where the loss is small
+_TRIES = 3  # of one V step
+_MORE = 4.0  # times as much damping in each
 _RIDGE = 0.1  # added to X^T X, of its mean diagonal: few tokens leave directions that only seem flat
 _LEAST_POWER = 1e-2  # of the mean over rows, for rows whose outputs hardly matter
 _CURVATURE_PASSES = 4  # forward and backward passes that the curvature is taken from
@@ -102,62 +103,63 @@ class LossModel:
 
 
 class _Choice:
-    """The codes of one weight: how they were, and which the model of the loss asks for."""
+    """The codes of one weight: how they are, and what the model of the loss asks for."""
 
-    def __init__(self, parts: Parts, model: LossModel, config: PVConfig) -> None:
+    def __init__(self, parts: Parts, factors: tuple[Tensor, Tensor, Tensor], config: PVConfig) -> None:
         self.parts, self.config = parts, config
-        self.height, self.group = parts.codebooks.shape[-2:]
+        height, group = parts.codebooks.shape[-2:]
         self.nbits = (parts.codebooks.shape[-3] - 1).bit_length()
-        self.old = codes_to_indices(parts.codes, self.nbits)
-        self.changed = 0
-        self._undo: tuple[Tensor, Tensor] | None = None
-        factors = model.factors(self.height)
-        self.useful = factors is not None
-        if factors is None:
-            return
         gradient, self.metric, self.power = factors
-        self.gradient = gradient.view(len(self.power), self.height, -1)
         newton = torch.cholesky_solve(gradient.T, torch.linalg.cholesky(self.metric)).T
-        self.step = newton.reshape(self.gradient.shape) / self.power[:, None, None]
-        self.scales = parts.scales.view(-1, 1, 1)
+        self.gradient = gradient.view(len(self.power), height, -1)
+        self.newton = newton.reshape(self.gradient.shape) / self.power[:, None, None]
         self.dense = ops.dequantize(parts.codes, parts.codebooks, parts.scales).view(self.gradient.shape)
-        self.coupling = descent_coupling(self.metric, self.group)
+        self.coupling = descent_coupling(self.metric, group)
+        self.stored = parts.codes.clone()
+        self.old = codes_to_indices(parts.codes, self.nbits)
 
-    def make(self, damping: float) -> None:
-        """Change codes in place."""
-        usable = self.scales != 0
-        target = (self.dense - self.step / damping) / torch.where(usable, self.scales, torch.ones_like(self.scales))
-        new, change = self.old.clone(), torch.zeros_like(target)
-        books = partitioned(self.parts.codebooks)
-        rows = len(target) // len(books)
-        for number, own in enumerate(books):
-            part = slice(number * rows, (number + 1) * rows)
-            new[part] = sweep(target[part], self.old[part], own, self.coupling, _BEAM)
-            change[part] = gather(own, new[part]) - gather(own, self.old[part])
-        self._accept(new, change.mul_(self.scales), damping)
-
-    def _accept(self, new: Tensor, change: Tensor, damping: float) -> None:
-        """Keep the rows with the largest gain."""
+    def propose(self, damping: float) -> None:
+        """Find new codes, how many groups change in each row, and what each row gains; 0 where it must not change."""
+        scales = self.parts.scales.view(-1, 1, 1)
+        target = (self.dense - self.newton / damping) / torch.where(scales != 0, scales, torch.ones_like(scales))
+        self.new, change = _swept(target, self.old, self.parts.codebooks, self.coupling)
+        change *= scales
+        self.groups = (self.new != self.old).any(-1).sum(1)
         gain = -(self.gradient * change).flatten(1).sum(1)
         gain -= 0.5 * damping * self.power * ((change @ self.metric) * change).flatten(1).sum(1)
-        different = (new != self.old).any(-1)
         order = gain.argsort(descending=True, stable=True)
-        groups = different[order].sum(1).cumsum(0)
         sizes = change.flatten(1).square().sum(1)[order].cumsum(0)
-        fits = (groups <= self.config.code_fraction * different.numel()) & (
-            sizes <= self.config.trust_ratio**2 * self.dense.square().sum()
-        )
-        rows = order[fits & (gain[order] > 0)]
-        self._undo = (rows, self.parts.codes[rows])
-        self.parts.codes[rows] = indices_to_codes(new[rows], self.nbits)
-        self.changed = int(different[rows].sum())
+        gain[order[sizes > self.config.trust_ratio**2 * self.dense.square().sum()]] = 0
+        gain[self.groups == 0] = 0
+        self.gain = gain
 
-    def undo(self) -> None:
-        """Put the codes back as they were."""
-        assert self._undo is not None
-        rows, codes = self._undo
-        self.parts.codes[rows] = codes
-        self.changed = 0
+    def make(self, least: float) -> int:
+        """Give rows that gain more than so much their new codes, the others their old ones; groups that change."""
+        rows = self.gain > least
+        self.parts.codes.copy_(self.stored)
+        self.parts.codes[rows] = indices_to_codes(self.new[rows], self.nbits)
+        return int(self.groups[rows].sum())
+
+
+def _swept(target: Tensor, old: Tensor, codebooks: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    """New indices for a target [R, H, I] in units of the scales, and how much the sums of entries change."""
+    new, change = old.clone(), torch.zeros_like(target)
+    books = partitioned(codebooks)
+    rows = len(target) // len(books)
+    for number, own in enumerate(books):
+        part = slice(number * rows, (number + 1) * rows)
+        new[part] = sweep(target[part], old[part], own, coupling, _BEAM)
+        change[part] = gather(own, new[part]) - gather(own, old[part])
+    return new, change
+
+
+def _threshold(choices: Sequence[_Choice], groups: float) -> float:
+    """The gain above which rows change at most so many groups together."""
+    gains = torch.cat([choice.gain.cpu() for choice in choices])
+    counts = torch.cat([choice.groups.cpu() for choice in choices])
+    order = gains.argsort(descending=True, stable=True)
+    first_left_out = int((counts[order].cumsum(0) <= groups).sum())
+    return max(0.0, float(gains[order[first_left_out]]) if first_left_out < len(order) else 0.0)
 
 
 @torch.no_grad()
@@ -168,7 +170,7 @@ def choose_codes(
 
     Args:
         weights: the weights and what is known about them.
-        config: `code_fraction` and `trust_ratio` bound the changes of each weight.
+        config: `code_fraction` bounds the changes of all weights together, `trust_ratio` those of each.
         damping: to try first.
         loss: measures the model as it is.
 
@@ -176,20 +178,23 @@ def choose_codes(
         How many groups have other codes than before, and the damping for the next time.
     """
     with one_thread_per_operation():
-        choices = [choice for choice in (_Choice(*weight, config) for weight in weights) if choice.useful]
+        known = [(parts, model.factors(parts.codebooks.shape[-2])) for parts, model in weights]
+        choices = [_Choice(parts, factors, config) for parts, factors in known if factors is not None]
     if not choices:
         return 0, damping
+    most = config.code_fraction * sum(choice.old[..., 0].numel() for choice in choices)
     before = loss()
     for attempt in range(_TRIES):
         with one_thread_per_operation():
             for choice in choices:
-                choice.make(damping)
-        changed = sum(choice.changed for choice in choices)
+                choice.propose(damping)
+        least = _threshold(choices, most)
+        changed = sum(choice.make(least) for choice in choices)
         if changed == 0:  # so much damping that nothing is worth a change
-            return 0, damping / _FACTOR
+            return 0, damping / _MORE
         if loss() < before:
-            return changed, damping / (_FACTOR if attempt == 0 else 1)
-        for choice in choices:
-            choice.undo()
-        damping *= _FACTOR
-    return 0, damping
+            return changed, damping / (2 if attempt == 0 else 1)
+        damping *= _MORE
+    for choice in choices:
+        choice.make(float("inf"))
+    return 0, damping / _MORE

@@ -1,25 +1,63 @@
 """The quantized layers of a model while `tune_pv` trains it.
 
-For its products each layer decodes its weight anew, so that autograd gives the gradient of the dense weight; what that
-means for codebooks and scales is the decoder's own backward pass. No dense copy of a weight outlives a step.
+For its products each layer decodes its weight anew, so that autograd gives the gradient of the dense weight, in float32
+sums, and from it those of codebooks and scales. No dense copy of a weight outlives a step.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aqlm_tensor.codes import codes_to_indices
 from aqlm_tensor.fusion import FusedLinear
 from aqlm_tensor.kernels import ops
+from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.pv_codes import LossModel, Parts
+from aqlm_tensor.quantizer.parallel import one_thread_per_operation
+from aqlm_tensor.quantizer.sums import code_sums
 from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.training import trainable
 
 __all__ = ["TunedWeight", "check_layers", "in_turns", "tuned_weights"]
+
+
+class _Decode(torch.autograd.Function):
+    """The dense weight [O, I]; its backward pass sorts by code where the op's own, exact one adds in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, codebooks, scales)
+        return ops.dequantize(codes, codebooks, scales)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        codes, codebooks, scales = ctx.saved_tensors
+        height, group = codebooks.shape[-2:]
+        rows = gradients[0].reshape(len(codes), -1)
+        unscaled = ops.dequantize(codes, codebooks, torch.ones_like(scales)).view_as(rows)
+        tiles = (rows * scales.view(-1, 1)).view(len(codes), height, -1, group).transpose(1, 2)
+        books = partitioned(codebooks)
+        partitions, _, size = books.shape[:3]
+        indices = codes_to_indices(codes, (size - 1).bit_length()).view(partitions, -1, *codes.shape[1:])
+        indices += size * torch.arange(partitions, device=codes.device).view(-1, 1, 1, 1)
+        with one_thread_per_operation():
+            sums = code_sums(indices.flatten(0, 1), partitions * size)(tiles.reshape(-1, height * group))
+        return None, _by_partition(sums, partitions).view_as(codebooks), (rows * unscaled).sum(1).view_as(scales)
+
+
+def _by_partition(sums: Tensor, partitions: int) -> Tensor:
+    """[K, P * S, E] as [P, K, S, E]."""
+    return sums.unflatten(1, (partitions, -1)).transpose(0, 1).contiguous()
+
+
+def _decoded(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    return cast("Tensor", _Decode.apply(codes, codebooks, scales))
 
 
 @dataclass(eq=False)
@@ -62,7 +100,7 @@ class TunedWeight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] times the transposed weight plus bias, in autocast's dtype if it is on."""
-        weight = ops.dequantize(self.codes, self.codebooks, self.scales)
+        weight = _decoded(self.codes, self.codebooks, self.scales)
         y = F.linear(x, weight, bias)
         if self.model is not None and weight.requires_grad:
             self.model.watch(x, weight, y)
