@@ -58,7 +58,8 @@ class TestOnHopper:
     @given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=ROWS), groups=WHOLE_VECTORS)
     def test_contract(self, case: Case, groups: int) -> None:
         case = replace(case, in_groups=groups)
-        assume(case.out_features > 0)
+        # the error of all outputs together is bounded for independent ones; 300 times the same row of x gives few
+        assume(case.out_features > 0 and case.x_layout != "expanded")
         sizes = (case.rows, case.in_features, case.out_features, case.partitions or 1, case.dtype)
         problem = Problem("linear", case.scheme, *sizes, torch.device("cuda", torch.cuda.current_device()))
         assert cuda_lookup_gemm.supports(problem) is None
