@@ -83,7 +83,8 @@ class BlockCalls:
         folder: Path | None = None,
     ) -> None:
         self._model, self._blocks = model, blocks
-        self._device, self._place, self._folder = device, place, folder
+        self._device, self._folder = device, folder
+        self._place: Place = place
         self._outputs: list[Any] = []
         self.inputs = self.activations()
         self._arguments: list[list[_Arguments]] = []
@@ -177,7 +178,9 @@ class BlockCalls:
                 if id(leaf) not in kept:
                     moved = leaf.to(target)
                     candidate = candidates[position] if position < len(candidates) else None
-                    kept[id(leaf)] = candidate if _equal(moved, candidate) else moved
+                    if isinstance(candidate, Tensor) and _equal(moved, candidate):
+                        moved = candidate
+                    kept[id(leaf)] = moved
                 leaves[position] = kept[id(leaf)]
             shared.append(tree_unflatten(leaves, form))
         return shared

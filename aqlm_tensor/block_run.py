@@ -156,7 +156,7 @@ class BlockRun:
             given = (report, [part.cpu() for part in weight.parts()])
         report, parts = self.ranks.shared(given, owner)
         if owner != self.ranks.rank:
-            self._put(target, report, AQLMTensor(*(part.to(weight.device) for part in parts)))
+            self._put(target, report, _weight_of(parts, weight.device))
 
     def _convert_experts(self, stack: ExpertStack, observer: ExpertObserver | None) -> None:
         """Quantize each expert of a stack, but for those that the work folder holds; all, without an observer."""
@@ -175,7 +175,7 @@ class BlockRun:
                     report, weight = self.work.load_layer(name, stack.weight.device)
                 else:
                     report, parts = self.ranks.shared(given if expert == own else None, expert - start)
-                    weight = AQLMTensor(*(part.to(stack.weight.device) for part in parts))
+                    weight = _weight_of(parts, stack.weight.device)
                 weights.append(weight)
                 self.layers.append(report)
                 self._tell(report)
@@ -290,6 +290,11 @@ class BlockRun:
                 )
                 error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}); {kept}. {remedy}")
             raise
+
+
+def _weight_of(parts: list[Tensor], device: torch.device) -> AQLMTensor:
+    codes, codebooks, scales = (part.to(device) for part in parts)
+    return AQLMTensor(codes, codebooks, scales)
 
 
 def _remedy(error: Exception, device: torch.device) -> str | None:

@@ -178,7 +178,7 @@ def quantize_with_bar(
     else:
         layers = len(find_targets(model, config, chosen)[0])
     blocks = find_blocks(model)[:max_blocks]
-    layers += sum(len(stack.weight) for stack in find_stacks(model, config, blocks)[0])
+    layers += sum(len(stack.weight) for stack in find_stacks(model, config, list(blocks))[0])
     with bar("layers", layers, "layers", outer=("blocks", len(blocks))) as shown:
         latest: list[LayerReport] = []
 

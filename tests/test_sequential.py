@@ -203,7 +203,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.o(torch.sigmoid(self.q(x)) * self.k(x))
-        expert = self.experts[1]
+        expert: Any = self.experts[1]
         return x + expert["down"](torch.sigmoid(expert["gate"](x)) * expert["up"](x))
 
 
