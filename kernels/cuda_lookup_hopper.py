@@ -1,9 +1,9 @@
 """The lookup kernel's form for Hopper GPUs: warpgroup products with the looked-up weights in registers.
 
-Faster than the portable form where reading x costs as much as the lookups, that is beyond some 16 tokens; the same
-lookups bound both below. `cuda/lookup_wgmma.cu` describes the kernel; its launch shape is chosen here, by arithmetic on
-the shape and the number of multiprocessors alone. Compute capability 9.0 only: later architectures dropped the
-instruction.
+Faster than the portable form where reading x costs as much as the lookups, that is beyond some 16 tokens, and a little
+below for large weights, where the same lookups bound both. `cuda/lookup_wgmma.cu` describes the kernel; its launch shape
+is chosen here, by arithmetic on the shape and the number of multiprocessors alone. Compute capability 9.0 only: later
+architectures dropped the instruction.
 """
 
 import functools
@@ -31,8 +31,9 @@ _UTILIZATION = 0.87
 _LAUNCH_CYCLES = 7000
 _SPLIT_CYCLES = 5000
 _L2_BYTES_PER_CYCLE = 20
-_ALIKE_TOKENS = 16
+_FEW_TOKENS, _SOME_TOKENS = 8, 32
 _FEW_GROUPS = 512
+_LARGE_WEIGHTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def runs(shape: Shape, codes: Tensor) -> bool:
 def wins(shape: Shape) -> bool:
     """Whether this form is the faster one for a shape, as measured on one H100.
 
-    With 32 tokens of 2x8g8 it takes 68 us against 75 at 8192 x 28672 (in x out), with 64 tokens 90 against 107. Up to
-    16 tokens both are alike. For 64 tokens and 4096 inputs it is the slower one: 31 us against 30 at 4096 x 14336.
+    With 4 tokens of 2x8g8 it takes 15.7 us against 17.0 at 4096 x 14336 (in x out), with 32 tokens 64 against 78 at
+    8192 x 28672, with 64 tokens 86 against 110; at 4096 x 4096 with 4 tokens 8.5 against 7.7, with 64 14.0 against 13.4.
+    Four codebooks were measured from 17 tokens on.
     """
-    if shape.tokens <= _ALIKE_TOKENS:
-        return False
-    if shape.tokens <= 32:
-        return shape.books <= 2
-    return shape.books == 1 or shape.groups > _FEW_GROUPS
+    if shape.books > 2:
+        return shape.tokens > _SOME_TOKENS and shape.groups > _FEW_GROUPS
+    large = shape.partitions * shape.rows * shape.groups * 8 >= _LARGE_WEIGHTS
+    return large or _FEW_TOKENS < shape.tokens <= _SOME_TOKENS
 
 
 def _shared_bytes(books: int, nbits: int, token_tiles: int) -> int:

@@ -6,7 +6,9 @@ and `tl.dot` on decoded tiles (4 tokens of 2x8g8 took 2.3 ms; decoding the weigh
 
 One program serves rows r of one partition p, and one row h of its out groups, so that a tile of weights is [BO rows, BG
 groups, BE inputs of a group], BE being in_group_size G rounded up to a power of two; the weight's row is (p R + r) H +
-h. Tiles are reduced one axis at a time and never reshaped: Triton 3.6 adds the wrong lanes of a reshaped tile.
+h. Tiles are reduced one axis at a time and never reshaped: Triton 3.6.0 adds the wrong lanes of a reshaped tile. (The
+smallest case that shows it on an H100: a gathered float16 tile [8, 16, 16] of one codebook, reshaped to [8, 256],
+multiplied and summed over its rows, is 95 % off; the same kernel without the reshape is right.)
 `aqlm_tensor.kernels.triton_linear` launches.
 
 Shapes: R out groups per partition, K codebooks of SIZE entries of E = H G elements, M tokens.
