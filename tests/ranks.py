@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-__all__ = ["PASSED", "device", "each_device", "run"]
+__all__ = ["PASSED", "device", "run", "tests_of"]
 
 ROOT = Path(__file__).parents[1]
 PASSED = ["passed", "passed"]
 
-# for a fixture that runs the ranks: `@pytest.fixture(scope="module", params=ranks.each_device)`
-each_device = [
+_EACH_DEVICE = [
     "cpu",
     pytest.param(
         "cuda",
@@ -35,8 +34,25 @@ def device() -> torch.device:
     return torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda", dist.get_rank())
 
 
+def tests_of(cases: Sequence[Callable[[int, Path], None]]) -> tuple[Callable, Callable]:
+    """A fixture and a test, to be called `outcomes` and `test_on_two_ranks` by a module that has the functions.
+
+    Each function is a test of its own; all are run at once, on the CPU and, if there are two, on GPUs.
+    """
+
+    @pytest.fixture(scope="module", params=_EACH_DEVICE)
+    def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+        return run(cases, tmp_path_factory.mktemp("ranks"), device=request.param)
+
+    @pytest.mark.parametrize("case", [case.__name__ for case in cases])
+    def test_on_two_ranks(case: str, outcomes: dict[str, list[str]]) -> None:
+        assert outcomes[case] == PASSED, "\n".join(outcomes[case])
+
+    return outcomes, test_on_two_ranks
+
+
 def run(
-    cases: Sequence[Callable[[int, Path], None]], folder: Path, timeout: float = 240, device: str = "cpu"
+    cases: Sequence[Callable[[int, Path], None]], folder: Path, timeout: float = 400, device: str = "cpu"
 ) -> dict[str, list[str]]:
     """Run functions of one module one after another, each on both ranks.
 

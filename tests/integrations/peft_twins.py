@@ -3,8 +3,9 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -12,9 +13,31 @@ import aqlm_tensor.integrations.peft_lora  # noqa: F401 - teaches PEFT
 from aqlm_tensor import AQLMTensor, quantize_
 from tests.models import config
 
-__all__ = ["TARGETS", "TOKENS", "adapted", "aqlm_llama", "codes_of", "dense_twin", "logits", "perturb", "share_adapter"]
+__all__ = [
+    "DORA",
+    "PISSA",
+    "PLAIN",
+    "TARGETS",
+    "TOKENS",
+    "adapted",
+    "aqlm_llama",
+    "codes_of",
+    "dense_twin",
+    "each_kind",
+    "gradients_of",
+    "logits",
+    "lora_config",
+    "perturb",
+    "q_proj",
+    "share_adapter",
+    "trained",
+]
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+PLAIN: dict[str, Any] = {}
+DORA: dict[str, Any] = {"use_dora": True}
+PISSA: dict[str, Any] = {"init_lora_weights": "pissa"}
+each_kind = pytest.mark.parametrize("kind", [PLAIN, DORA, PISSA], ids=["lora", "dora", "pissa"])
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -63,6 +86,31 @@ def perturb(model: nn.Module, *, seed: int = 3, size: float = 0.02) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def lora_config(**options: Any) -> LoraConfig:
+    """LoRA on some layers."""
+    return LoraConfig(target_modules=TARGETS, **options)
+
+
+def trained(seed: int = 3, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A small AQLM model with a LoRA adapter that does something."""
+    model = adapted(aqlm_llama(dtype), lora_config(**options))
+    perturb(model, seed=seed)
+    return model
+
+
+def q_proj(model: Any) -> Any:
+    """The first layer, or PEFT's layer around it."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.model.layers[0].self_attn.q_proj
+
+
+def gradients_of(model: Any) -> list[Tensor]:
+    """To the trainable parameters, in training mode."""
+    model.zero_grad()
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
 def share_adapter(source: nn.Module, target: nn.Module) -> None:

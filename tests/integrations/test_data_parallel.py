@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
@@ -183,11 +182,4 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=ranks.each_device)
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return ranks.run(CASES, tmp_path_factory.mktemp("ranks"), device=request.param)
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_on_two_ranks(case: str, outcomes: dict[str, list[str]]) -> None:
-    assert outcomes[case] == ranks.PASSED, "\n".join(outcomes[case])
+outcomes, test_on_two_ranks = ranks.tests_of(CASES)

