@@ -1,9 +1,9 @@
 """The lookup kernel's form for Hopper GPUs: warpgroup products with the looked-up weights in registers.
 
 Faster than the portable form where reading x costs as much as the lookups, that is beyond some 16 tokens, and a little
-below for large weights, where the same lookups bound both. `cuda/lookup_wgmma.cu` describes the kernel; its launch shape
-is chosen here, by arithmetic on the shape and the number of multiprocessors alone. Compute capability 9.0 only: later
-architectures dropped the instruction.
+below for large weights, where the same lookups bound both. `cuda/lookup_wgmma.cu` describes the kernel; its launch
+shape is chosen here, by arithmetic on the shape and the number of multiprocessors alone. Compute capability 9.0 only:
+later architectures dropped the instruction.
 """
 
 import functools
@@ -59,8 +59,8 @@ def wins(shape: Shape) -> bool:
     """Whether this form is the faster one for a shape, as measured on one H100.
 
     With 4 tokens of 2x8g8 it takes 15.7 us against 17.0 at 4096 x 14336 (in x out), with 32 tokens 64 against 78 at
-    8192 x 28672, with 64 tokens 86 against 110; at 4096 x 4096 with 4 tokens 8.5 against 7.7, with 64 14.0 against 13.4.
-    Four codebooks were measured from 17 tokens on.
+    8192 x 28672, with 64 tokens 86 against 110; at 4096 x 4096 with 4 tokens 8.5 against 7.7, with 64 14.0 against
+    13.4. Four codebooks were measured from 17 tokens on.
     """
     if shape.books > 2:
         return shape.tokens > _SOME_TOKENS and shape.groups > _FEW_GROUPS
