@@ -90,7 +90,9 @@ def quantize(
     """Quantize the linear layers of a model's blocks and save a folder that Transformers can load.
 
     With --data finished layers are kept beside OUT until the end: after Ctrl-C, a crash or a full disk the same command
-    with --resume goes on to the same result. OUT holds a report, quantization_report.json.
+    with --resume goes on to the same result. OUT holds a report, quantization_report.json. Started by torchrun
+    (torchrun --nproc-per-node 8 --no-python aqlm-tensor quantize ... --device cuda), each GPU quantizes a share of the
+    layers.
     """
     with failures():
         from aqlm_tensor import cli_quantize

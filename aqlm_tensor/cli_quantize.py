@@ -1,8 +1,10 @@
 """`aqlm-tensor quantize`: load, calibrate and quantize block by block, save."""
 
 import contextlib
+import datetime as dt
 import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchao.quantization import FqnToConfig
 
 from aqlm_tensor import (
@@ -25,12 +28,13 @@ from aqlm_tensor.activations import PLACES
 from aqlm_tensor.calibration_data import parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli_arguments import open_model, parse_device
-from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stdout, usage
+from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stderr, stdout, usage
 from aqlm_tensor.cli_prepare import Kept, Wanted, prepare
 from aqlm_tensor.cli_report import block_line, error_table
 from aqlm_tensor.experts import find_stacks
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
+from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.run_report import Progress
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.sequential import find_blocks, in_blocks, linears_of
@@ -40,6 +44,7 @@ __all__ = ["REPORT_NAME", "batched", "quantize_with_bar", "run"]
 
 REPORT_NAME = "quantization_report.json"
 _TOKENS_AT_ONCE = 2048  # more only costs memory
+_PATIENCE = dt.timedelta(hours=12)  # of ranks that wait for one that solves a large layer
 
 
 def run(
@@ -89,6 +94,8 @@ def run(
     if work is not None and not resume and work.exists() and any(work.iterdir()):
         raise UsageError(f"{work} holds an earlier run: go on with it with --resume, or delete it")
     parse_device(device)
+    group, device = join_ranks(device, by_block)
+    ranks = Ranks(group)
     # block by block, one block at a time goes to the device
     model, tokenizer = open_model(source, None, dtype, "cpu" if by_block else device)
     layers = _check_space(model, config, out, bits)
@@ -96,7 +103,10 @@ def run(
     kept = None if work is None else Kept(work)
     if origin is not None and data is not None:
         wanted = Wanted(data, nsamples, seqlen, seed, bits, candidates)
-        found, mixed = prepare(model, tokenizer, config, origin, wanted, device=device, kept=kept, resume=resume)
+        prepared = None
+        if ranks.rank == 0:
+            prepared = prepare(model, tokenizer, config, origin, wanted, device=device, kept=kept, resume=resume)
+        found, mixed = ranks.shared(prepared, 0)
         batches, provenance = found.batches, found.provenance
         note(f"calibrating on {len(batches)} windows of {batches[0].shape[1]} tokens")
     tokens = sum(batch.numel() for batch in batches)
@@ -109,6 +119,7 @@ def run(
                 finetune=FinetuneConfig() if finetune else None,
                 true_sequential=true_sequential,
                 device=device,
+                group=group,
                 keep_inputs=keep_inputs,
                 work_dir=work,
                 resume=resume,
@@ -118,6 +129,8 @@ def run(
             report = _on_dense_inputs(model, config, batched(batches), layers)
         else:
             report = _without_data(model, config, layers)
+        if ranks.rank > 0:  # the first one saves
+            return
         with phase(f"saving {out}"):
             save_model(model, tokenizer, out, force=force)
             if isinstance(report, CalibrationReport):
@@ -129,6 +142,21 @@ def run(
     if kept is not None:
         kept.remove()
     _print(report, out, tokens, time.monotonic() - start, as_json)
+
+
+def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
+    """The process group and this rank's device, if torchrun started this process; only the first rank speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None, device
+    if not by_block:
+        raise UsageError("several processes (torchrun) share the work block by block only: pass --data")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+    if dist.get_rank() > 0:
+        stdout.quiet = stderr.quiet = True
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return dist.group.WORLD, device
 
 
 def _check_options(by_block: bool, keep_inputs: str, *, needing: tuple[bool, ...], has_data: bool, mixed: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -155,6 +156,24 @@ def test_interrupted_it_says_how_to_resume_and_resumes(
     assert len(calls) == 14 - 8
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (folder / "quantized" / name).read_bytes()
+
+
+@pytest.mark.full
+def test_two_processes_write_the_files_of_one(folder: Path, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("aqlm-tensor")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = ["quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    done = subprocess.run(
+        [*start, program, *command], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (folder / "quantized" / name).read_bytes()
+    assert done.stdout.count("saved ") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
