@@ -2,9 +2,12 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["plot_gpu_linear", "plot_ratios"]
+from aqlm_tensor.scheme import AQLMScheme
+
+__all__ = ["plot_gpu_linear", "plot_quality", "plot_ratios", "smollm2_bits"]
 
 
 def plot_ratios(results: Path, picture: Path, *, peer: str = "dense fp32", ours: str = "ours fp32") -> None:
@@ -89,3 +92,78 @@ def _label(kernel: str, scheme: str) -> str | None:
     if kernel.startswith("official"):
         return f"official {scheme}"
     return f"ours {scheme}" if kernel.endswith("(chosen)") else None
+
+
+def plot_quality(results: Sequence[Path], picture: Path, *, most: float = 12.0) -> None:
+    """Draw perplexity over that of the dense model against bits a weight, a line for each method.
+
+    Args:
+        results: CSV files with columns method, setting, bits_per_weight and ratio ("quality_*.csv"; rows of method
+            "dense" are left out), or with columns case, stage, blocks and ratio ("calibration_*.csv", of which the
+            last block of each case counts). Files without any of them are passed over.
+        picture: where to write, in the format that its suffix names.
+        most: larger ratios stand at the upper edge, with their value.
+    """
+    import matplotlib.pyplot as plt
+
+    points: dict[str, dict[float, tuple[float, str]]] = defaultdict(dict)
+    for file in results:
+        with file.open() as opened:
+            for name, bits, ratio, setting in map(_quality_point, csv.DictReader(opened)):
+                if name:
+                    points[name][bits] = (ratio, setting)
+    figure, axis = plt.subplots(figsize=(8, 5.2))
+    for name, found in sorted(points.items()):
+        bits = sorted(found)
+        alone = {"marker": "*", "linestyle": "", "markersize": 11} if len(bits) == 1 else {"marker": "o"}
+        shown = [min(found[bit][0], most) for bit in bits]
+        (line,) = axis.plot(bits, shown, label=name, **alone)
+        for bit, height in zip(bits, shown, strict=True):
+            ratio, setting = found[bit]
+            text = f"{ratio:.3g} \u2191" if ratio > most else setting if name.startswith("ours") else ""
+            offset = (4, -10) if ratio > most else (5, 4)
+            axis.annotate(
+                text, (bit, height), textcoords="offset points", xytext=offset, fontsize=7, color=line.get_color()
+            )
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set(yscale="log", xlabel="stored bits a weight (codebooks, scales and zero points included)")
+    axis.set(ylabel="perplexity / dense", title="SmolLM2-135M-Instruct, WikiText-2, all 30 blocks quantized")
+    ticks = [1, 1.2, 1.5, 2, 3, 5, 10]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _quality_point(row: dict[str, str]) -> tuple[str | None, float, float, str]:
+    """Line, bits a weight, ratio and label of a row; None for one that is not drawn."""
+    nothing = (None, 0.0, 0.0, "")
+    if "method" in row:
+        name = _METHODS.get(row["method"])
+        return (name, float(row["bits_per_weight"]), float(row["ratio"]), row["setting"]) if name else nothing
+    if "case" in row and row["blocks"] == str(_BLOCKS):
+        scheme, *stages = row["case"].split("+")
+        tuned = {"calibrated": ", blocks fine-tuned" if "ft" in stages else "", "pv-tuned": ", fine-tuned and PV-tuned"}
+        if row["stage"] in tuned:
+            return f"ours{tuned[row['stage']]}", smollm2_bits(scheme), float(row["ratio"]), scheme
+    return nothing
+
+
+def smollm2_bits(scheme: str) -> float:
+    """Stored bits a weight of SmolLM2-135M's blocks if all their layers have one scheme; floats count 16 bits."""
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    stored = sum(AQLMScheme.parse(scheme).stored_bits(*shape) for shape in shapes)
+    return stored / sum(rows * columns for rows, columns in shapes)
+
+
+_BLOCKS = 30  # of SmolLM2-135M
+_METHODS = {
+    "aqlm": "ours",
+    "mixed": "ours, mixed bits",
+    "rtn": "round to nearest (torchao)",
+    "hqq": "HQQ",
+    "gptq": "GPTQ (GPTQModel)",
+    "official": "official AQLM, blocks fine-tuned (test split)",
+}
