@@ -19,7 +19,7 @@ __all__ = ["CodeSums", "nearest", "supports", "sweep_block"]
 
 _MAX_ENTRY = 64  # elements of an entry; loops over them are unrolled
 _MAX_SIZE = 256  # entries of a codebook whose pairs are all tried
-_CHUNK = 8  # first entries between two looks at the best pair
+_ROWS, _CHUNK = 8, 8  # rows of a program; first entries between two looks at the best pair. Of those tried the fastest
 _LARGE = tl.constexpr(2**31 - 1)
 
 
@@ -326,10 +326,9 @@ def sweep_block(
     assert indices.stride(1) == count
     linear, changes = torch.empty(2, rows, entry, device=target.device)
     costs = torch.empty(-(-rows // 64) * 64, size, dtype=torch.int32, device=target.device)
-    block, warps = _row_tile(rows, target.device)
     kernel: Any = _sweep_block
     with _on(target.device):
-        kernel[(-(-rows // block),)](
+        kernel[(-(-rows // _ROWS),)](
             *(target, pending, error, indices, metric, feedback, books, transposed, squares, tables, factors, order),
             *(linear, changes, costs, rows, columns, groups, target.stride(0), target.stride(1), indices.stride(0)),
             *(len(order), max(1, tables.shape[1]), limit),
@@ -339,11 +338,11 @@ def sweep_block(
             G=group,
             KNOWN=known,
             COUPLED=feedback.numel() > 0,
-            BR=block,
+            BR=_ROWS,
             BG=_power_of_two(group),
             BW=_power_of_two(columns),
             CHUNK=min(_CHUNK, size),
-            num_warps=warps,
+            num_warps=2,
         )
 
 
@@ -414,12 +413,6 @@ class CodeSums:
                 BE=block,
             )
         return sums[0] if splits == 1 else sums.sum(0)
-
-
-def _row_tile(rows: int, device: torch.device) -> tuple[int, int]:
-    """Rows and warps of a program."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return 8, 4 if rows <= 16 * processors else 2
 
 
 def _power_of_two(n: int) -> int:

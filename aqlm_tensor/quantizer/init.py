@@ -32,7 +32,7 @@ def initial_codebooks(
         row_weights: weight of each row in the objective, [R].
         metric: metric of each group, [I / G, G, G].
         shape: of the codebooks, (K, S, H, G).
-        iterations: Lloyd iterations per codebook.
+        iterations: Lloyd iterations per codebook; twice as many for a single one.
         generator: source of the sample and of the seeds, on the CPU.
 
     Returns:
@@ -47,13 +47,14 @@ def initial_codebooks(
         picked = torch.randint(total, (wanted,), generator=generator)
     else:
         picked = torch.randperm(total, generator=generator)
-    picked = picked.to(target.device)
+    picked = picked[(picked % groups).argsort(stable=True)].to(target.device)  # neighbours share a metric
     row, column = picked // groups, picked % groups
     points = target.view(rows, height, groups, group)[row, :, column]
     weights = row_weights[row]
     codebooks = torch.zeros(shape, dtype=torch.float32, device=target.device)
+    rounds = iterations if count > 1 else 2 * iterations  # one codebook has no other to make up for it
     for k in range(count):
-        codebooks[k], assigned = _kmeans(points, weights, column, metric, size, iterations, generator)
+        codebooks[k], assigned = _kmeans(points, weights, column, metric, size, rounds, generator)
         points = points - codebooks[k][assigned]
     return codebooks
 
@@ -76,11 +77,11 @@ def _kmeans(
     moments = ((points @ own) * weights[:, None, None]).flatten(1)
     weighted_metric = (own * weights[:, None, None]).flatten(1)
     assigned, distance = _assign(points, own, column, metric, centres)
-    for number in range(iterations):
+    for iteration in range(iterations):
         sums = code_sums(assigned[:, None, None], size)
         left = sums(weighted_metric).view(size, group, group)
         right = sums(moments).view(size, height, group)
-        step = _OVERSTEP if number < iterations - 1 else 1.0
+        step = _OVERSTEP if iteration < iterations - 1 else 1.0
         centres = centres + step * (_solve(left, right, centres) - centres)
         filled = torch.bincount(assigned, minlength=size) > 0
         empty = (~filled).nonzero()[:, 0]
