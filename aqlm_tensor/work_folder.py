@@ -139,8 +139,10 @@ class WorkFolder:
             temporary.write_bytes(content)
             flush(temporary)
             os.replace(temporary, file)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(file)  # a failed write does not say where
             raise
         flush(self.path)
 

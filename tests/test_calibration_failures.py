@@ -93,6 +93,7 @@ def test_a_full_disk_leaves_no_half_file_and_resumes_to_the_same_bits(file: str,
     with pytest.raises(OSError, match="No space left") as caught:
         calibrate(copy.deepcopy(dense), config(), data, finetune=TUNING, work_dir=tmp_path)
     assert caught.value.errno == errno.ENOSPC
+    assert str(tmp_path) in str(caught.value)
     assert "Make room on the disk" in notes(caught)
     assert not list(tmp_path.glob("*.partial"))
     resumed_like_whole(dense, data, tmp_path)
