@@ -65,6 +65,10 @@ def quantize(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Tune each block's codebooks, scales and norms against the dense block.")
     ] = False,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="pv: then tune codes, codebooks, scales and norms end to end, against the dense model."),
+    ] = None,
     blockwise: Annotated[
         bool,
         typer.Option(help="Calibrate each block on what the quantized ones before it put out, or all on dense inputs."),
@@ -109,6 +113,7 @@ def quantize(
             seqlen=seqlen,
             seed=seed,
             finetune=finetune,
+            tune=tune,
             blockwise=blockwise,
             true_sequential=true_sequential,
             keep_inputs=keep_inputs,

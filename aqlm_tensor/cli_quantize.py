@@ -31,9 +31,11 @@ from aqlm_tensor.cli_arguments import open_model, parse_device
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stderr, stdout, usage
 from aqlm_tensor.cli_prepare import Kept, Wanted, prepare
 from aqlm_tensor.cli_report import block_line, error_table
+from aqlm_tensor.cli_tune import check_tune, tune_with_bar, write_tuning_report
 from aqlm_tensor.experts import find_stacks
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
+from aqlm_tensor.pv_tuning import PVReport
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.run_report import Progress
 from aqlm_tensor.scheme import AQLMScheme
@@ -60,6 +62,7 @@ def run(
     seqlen: int,
     seed: int,
     finetune: bool,
+    tune: str | None,
     blockwise: bool,
     true_sequential: bool,
     keep_inputs: str,
@@ -77,10 +80,11 @@ def run(
     _check_options(
         by_block,
         keep_inputs,
-        needing=(finetune, true_sequential, work_dir is not None, resume),
+        needing=(finetune, tune is not None, true_sequential, work_dir is not None, resume),
         has_data=data is not None,
         mixed=bits is not None,
     )
+    check_tune(tune, nsamples)
     with usage():
         config = AQLMWeightConfig(scheme, seed=seed)
         candidates = tuple(str(AQLMScheme.parse(one)) for one in schemes.split(","))
@@ -109,6 +113,7 @@ def run(
         found, mixed = ranks.shared(prepared, 0)
         batches, provenance = found.batches, found.provenance
         note(f"calibrating on {len(batches)} windows of {batches[0].shape[1]} tokens")
+    check_tune(tune, len(batches))
     tokens = sum(batch.numel() for batch in batches)
     with _resumable(work):
         if work is not None:
@@ -131,8 +136,13 @@ def run(
             report = _without_data(model, config, layers)
         if ranks.rank > 0:  # the first one saves
             return
+        tuned = None
+        if tune is not None and work is not None:
+            tuned = tune_with_bar(model, source, batches, work, dtype=dtype, device=device, resume=resume)
         with phase(f"saving {out}"):
             save_model(model, tokenizer, out, force=force)
+            if tuned is not None:
+                write_tuning_report(tuned, out)
             if isinstance(report, CalibrationReport):
                 (out / REPORT_NAME).write_text(report.to_json() + "\n", encoding="utf-8")
             if mixed is not None:
@@ -141,7 +151,7 @@ def run(
         shutil.rmtree(work)
     if kept is not None:
         kept.remove()
-    _print(report, out, tokens, time.monotonic() - start, as_json)
+    _print(report, tuned, out, tokens, time.monotonic() - start, as_json)
 
 
 def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
@@ -161,7 +171,7 @@ def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
 
 def _check_options(by_block: bool, keep_inputs: str, *, needing: tuple[bool, ...], has_data: bool, mixed: bool) -> None:
     """Refuse options that only a calibration block by block has, if there is none."""
-    options = "--bits, --finetune, --true-sequential, --work-dir and --resume"
+    options = "--bits, --finetune, --tune, --true-sequential, --work-dir and --resume"
     if any((*needing, mixed)) and not has_data:
         raise UsageError(
             f"{options} need --data: without it there is nothing to calibrate on (--data generated lets the model "
@@ -282,18 +292,22 @@ def _check_space(model: Any, config: AQLMWeightConfig, out: Path, bits: float | 
     return len(weights)
 
 
-def _print(report: QuantizationReport, out: Path, tokens: int, seconds: float, as_json: bool) -> None:
+def _print(
+    report: QuantizationReport, tuned: PVReport | None, out: Path, tokens: int, seconds: float, as_json: bool
+) -> None:
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if as_json:
         found = {"layers": [asdict(layer) for layer in report.layers], "blocks": [], "skipped": report.skipped}
         if isinstance(report, CalibrationReport):
             found = json.loads(report.to_json())
         facts = {"folder": str(out), "bytes": size, "calibration_tokens": tokens, "wall_seconds": seconds}
-        print_json({**facts, **found})
+        print_json({**facts, **found, **({} if tuned is None else {"tuning": asdict(tuned)})})
         return
     if isinstance(report, CalibrationReport):
         stdout.print(error_table(report))
     emit(str(report))
+    if tuned is not None:
+        emit(str(tuned))
     emit(f"saved {out}: {size / 1e6:.1f} MB of weights, {seconds:.0f} s in all")
     if isinstance(report, CalibrationReport):
         emit(f"report: {out / REPORT_NAME}")

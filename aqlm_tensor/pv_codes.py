@@ -31,8 +31,8 @@ from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 __all__ = ["FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
 
 FIRST_DAMPING = 64.0  # the power of gradients understates the curvature where the loss is small
-_TRIES = 3  # of one V step
-_MORE = 4.0  # times as much damping in each
+_TRIES = 4  # of one V step
+_MORE = 2.0  # times as much damping in each
 _RIDGE = 0.1  # added to X^T X, of its mean diagonal: few tokens leave directions that only seem flat
 _LEAST_POWER = 1e-2  # of the mean over rows, for rows whose outputs hardly matter
 _CURVATURE_PASSES = 4  # forward and backward passes that the curvature is taken from

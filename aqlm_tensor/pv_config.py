@@ -94,6 +94,10 @@ class PVConfig:
             )
         return range(batches - max(1, min(batches - 1, round(self.validation * batches))), batches)
 
+    def steps(self, batches: int) -> int:
+        """Steps in all for so many batches, those held out among them."""
+        return max(1, self.epochs * self.held_out(batches).start // self.batches_per_step)
+
 
 def _check_number(name: str, value: object, kind: type[int] | type[float]) -> None:
     accepted = int if kind is int else (int, float)

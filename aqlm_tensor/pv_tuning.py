@@ -267,8 +267,7 @@ class _Run:
         self.best_codes = [weight.codes.clone() for weight in self.weights]
         self.best = [parameter.detach().clone() for parameter in self.trained.values()]
         self.turns = in_turns(self.weights, self.config.gradient_memory)
-        micro = self.config.epochs * self.held_out.start
-        self.steps = max(1, micro // self.config.batches_per_step)
+        self.steps = self.config.steps(len(self.batches))
         self.devices = sorted({p.device for p in self.model.parameters() if p.device.type == "cuda"}, key=str)
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
