@@ -8,8 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aqlm_tensor.allocation import Allocation
     from aqlm_tensor.api import QuantizationReport, quantize_
     from aqlm_tensor.calibration import calibrate
+    from aqlm_tensor.calibration_sources import CalibrationData, calibration_data
     from aqlm_tensor.checkpoint import load, save
     from aqlm_tensor.config import (
         AQLMWeightConfig,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from aqlm_tensor.pv_tuning import tune_pv
     from aqlm_tensor.run_report import CalibrationReport
     from aqlm_tensor.scheme import AQLMScheme
+    from aqlm_tensor.self_generation import GeneratedData
+    from aqlm_tensor.sensitivity import allocate
     from aqlm_tensor.tensor import AQLMTensor
     from aqlm_tensor.training import trainable
 
@@ -37,20 +41,25 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
+    "Allocation": "allocation",
+    "CalibrationData": "calibration_sources",
     "CalibrationReport": "run_report",
     "DecodeGraph": "decode_graph",
     "FinetuneConfig": "finetune",
     "FusionReport": "fusion",
+    "GeneratedData": "self_generation",
     "PVConfig": "pv_config",
     "QuantizationReport": "api",
     "SolverConfig": "config",
-    "aqlm_1x8": "config",
+    "allocate": "sensitivity",
     "aqlm_1x16": "config",
     "aqlm_1x16g16": "config",
+    "aqlm_1x8": "config",
     "aqlm_2x8": "config",
     "aqlm_4x8": "config",
     "aqlm_8x8": "config",
     "calibrate": "calibration",
+    "calibration_data": "calibration_sources",
     "fuse_": "fusion",
     "load": "checkpoint",
     "quantize_": "api",
@@ -64,13 +73,17 @@ __all__ = [
     "AQLMScheme",
     "AQLMTensor",
     "AQLMWeightConfig",
+    "Allocation",
+    "CalibrationData",
     "CalibrationReport",
     "DecodeGraph",
     "FinetuneConfig",
     "FusionReport",
+    "GeneratedData",
     "PVConfig",
     "QuantizationReport",
     "SolverConfig",
+    "allocate",
     "aqlm_1x8",
     "aqlm_1x16",
     "aqlm_1x16g16",
@@ -78,6 +91,7 @@ __all__ = [
     "aqlm_4x8",
     "aqlm_8x8",
     "calibrate",
+    "calibration_data",
     "fuse_",
     "load",
     "quantize_",

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aqlm_tensor.allocation import Allocation, Choice, LayerGroup
-from aqlm_tensor.calibration_data import CalibrationData, Source, calibration_data
+from aqlm_tensor.calibration_sources import CalibrationData, Source, calibration_data
 from aqlm_tensor.checkpoint_io import flush
 from aqlm_tensor.cli_output import UsageError, bar, note, phase, usage
 from aqlm_tensor.config import AQLMWeightConfig

@@ -31,7 +31,7 @@ import torch
 
 from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, SolverConfig, calibrate
 from aqlm_tensor.allocation import Allocation, LayerGroup, choose_schemes
-from aqlm_tensor.calibration_data import TextFile, TokenFile, parse_source
+from aqlm_tensor.calibration_sources import TextFile, TokenFile, parse_source
 from aqlm_tensor.cli_output import failures, note
 from aqlm_tensor.cli_quantize import batched
 from aqlm_tensor.evaluate import perplexity, windows

@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.calibration", "aqlm_tensor.memory_model", "aqlm_tensor.allocation", "aqlm_tensor.sensitivity"),
     ("aqlm_tensor",),
     ("aqlm_tensor.integrations", "aqlm_tensor.hf_model", "aqlm_tensor.evaluate"),
-    ("aqlm_tensor.calibration_data", "aqlm_tensor.self_generation"),
+    ("aqlm_tensor.calibration_sources", "aqlm_tensor.self_generation"),
     ("aqlm_tensor.cli_output",),
     ("aqlm_tensor.cli_arguments", "aqlm_tensor.cli_prepare", "aqlm_tensor.cli_report", "aqlm_tensor.cli_tune"),
     ("aqlm_tensor.cli_estimate", "aqlm_tensor.cli_quantize", "aqlm_tensor.cli_run", "aqlm_tensor.cli_tables"),

@@ -245,7 +245,7 @@ def _dataset_tokens(source: DatasetText, tokenizer: Any, wanted: int, seed: int)
 
 def _dataset_rows(source: DatasetText, seed: int) -> Iterable[dict[str, Any]]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             "reading a data set needs the library datasets: pip install 'aqlm-tensor[data]', or pass a text file"

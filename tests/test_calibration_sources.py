@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aqlm_tensor.calibration_data import DatasetText, TextFile, TokenFile, calibration_data, parse_source
+from aqlm_tensor.calibration_sources import DatasetText, TextFile, TokenFile, calibration_data, parse_source
 from aqlm_tensor.self_generation import GeneratedData, generate_windows
 from aqlm_tensor.sequential import sample_windows
 
