@@ -25,7 +25,7 @@ from aqlm_tensor import (
     quantize_,
 )
 from aqlm_tensor.activations import PLACES
-from aqlm_tensor.calibration_data import parse_source
+from aqlm_tensor.calibration_sources import parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli_arguments import open_model, parse_device
 from aqlm_tensor.cli_output import UsageError, bar, emit, note, phase, print_json, stderr, stdout, usage
