@@ -250,3 +250,19 @@ def test_conv1d_says_what_to_do() -> None:
     model = tf.GPT2LMHeadModel(tf.GPT2Config(**GPT))
     with pytest.raises(ValueError, match="Conv1D.* have to become nn.Linear"):
         calibrate(model, config(), token_ids())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("place", PLACES)
+def test_one_block_at_a_time_on_the_gpu(place: Any) -> None:
+    torch.manual_seed(0)
+    model, data = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).eval(), padded()
+    on_cpu = copy.deepcopy(model)
+    report = calibrate(model, config("1x4g4"), data, device="cuda", keep_inputs=place)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert report.run is not None
+    assert set(report.run.peak_memory_bytes) == {"host", "capture", "calibrate", "quantize", "propagate"}
+    expected = calibrate(on_cpu, config("1x4g4"), data)
+    for ours, theirs in zip(report.layers, expected.layers, strict=True):
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=0.2)
