@@ -243,8 +243,9 @@ def _quantize_layer(layer: _Layer, hessian: Tensor | None, config: AQLMWeightCon
         found = quantize_layer(
             weight, AQLMScheme.parse(scheme), hessian=hessian, solver=solver, seed=config.seed, dtype=dtype
         )
-        parts = (found.codes, found.codebooks.to(dtype), found.scales.to(dtype))
-        layer.weights[scheme] = AQLMTensor(*(part.cpu() for part in parts))
+        layer.weights[scheme] = AQLMTensor(
+            found.codes.cpu(), found.codebooks.to(dtype).cpu(), found.scales.to(dtype).cpu()
+        )
         layer.errors[scheme] = found.error * layer.total
 
 

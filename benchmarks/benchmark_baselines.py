@@ -172,7 +172,7 @@ def main() -> None:
             run(arguments)
         if importlib.util.find_spec("matplotlib") is not None:
             plot_quality(
-                sorted([*RESULTS.glob("quality_*.csv"), *RESULTS.glob("calibration_*.csv")]), RESULTS / "quality.png"
+                sorted([*RESULTS.glob("quality_*.csv"), *RESULTS.glob("*calibration*.csv")]), RESULTS / "quality.png"
             )
 
 

@@ -99,7 +99,7 @@ def plot_quality(results: Sequence[Path], picture: Path, *, most: float = 12.0) 
 
     Args:
         results: CSV files with columns method, setting, bits_per_weight and ratio ("quality_*.csv"; rows of method
-            "dense" are left out), or with columns case, stage, blocks and ratio ("calibration_*.csv", of which the
+            "dense" are left out), or with columns case, stage, blocks and ratio ("*calibration*.csv", of which the
             last block of each case counts). Files without any of them are passed over.
         picture: where to write, in the format that its suffix names.
         most: larger ratios stand at the upper edge, with their value.
@@ -115,9 +115,9 @@ def plot_quality(results: Sequence[Path], picture: Path, *, most: float = 12.0) 
     figure, axis = plt.subplots(figsize=(8, 5.2))
     for name, found in sorted(points.items()):
         bits = sorted(found)
-        alone = {"marker": "*", "linestyle": "", "markersize": 11} if len(bits) == 1 else {"marker": "o"}
+        marker, size = ("*", 11) if len(bits) == 1 else ("o", 6)
         shown = [min(found[bit][0], most) for bit in bits]
-        (line,) = axis.plot(bits, shown, label=name, **alone)
+        (line,) = axis.plot(bits, shown, label=name, marker=marker, markersize=size)
         for bit, height in zip(bits, shown, strict=True):
             ratio, setting = found[bit]
             text = f"{ratio:.3g} \u2191" if ratio > most else setting if name.startswith("ours") else ""

@@ -35,8 +35,9 @@ def model() -> LlamaForCausalLM:
         initializer_range=0.08,
     )
     model = LlamaForCausalLM(config).eval()
+    second: Any = model.model.layers[1]
     with torch.no_grad():
-        for layer in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        for layer in (second.self_attn.o_proj, second.mlp.down_proj):
             layer.weight.mul_(0.05)
     return model
 
@@ -98,7 +99,8 @@ def test_measured_twice_is_the_same(model: LlamaForCausalLM, batches: list[Tenso
 
 def test_siblings_and_shared_weights_get_one_scheme(model: LlamaForCausalLM, batches: list[Tensor]) -> None:
     shared = copy.deepcopy(model)
-    shared.model.layers[1].mlp.down_proj.weight = shared.model.layers[0].mlp.down_proj.weight
+    first, second = (shared.get_submodule(f"model.layers.{index}.mlp.down_proj") for index in range(2))
+    second.weight = first.weight
     groups = measure_schemes(shared, CONFIG, batches[:1], SCHEMES[:2], windows=8)
     assert [tuple(fqn.removeprefix("model.layers.") for fqn in group.fqns) for group in groups] == [
         ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"),
