@@ -6,6 +6,8 @@ of an AMD EPYC, 9 times as fast as the float loop. Nothing here is compiled with
 the caller splits rows over threads, and rows do not interact.
 """
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -259,7 +261,8 @@ def sweep_block(
     """
     own = [t.contiguous().numpy() for t in (target, pending, error, indices)]
     shared = [t.numpy() for t in (metric, feedback, books, transposed, squares, tables, factors)]
-    _sweep_block(*own, known, *shared, np.float32(limit), order.numpy())
+    loops: Any = _sweep_block
+    loops(*own, known, *shared, np.float32(limit), order.numpy())
     error.copy_(torch.from_numpy(own[2]))
     indices.copy_(torch.from_numpy(own[3]))
 

@@ -1,4 +1,4 @@
-"""Inner loops of the layer solver on a GPU: the code search over a block of groups, nearest entries, and sums by code.
+"""Inner loops of the layer solver on a GPU: the code search over a block of groups (the rest is in `triton_sums`).
 
 One program carries a few rows through all groups of a block, so that a block is one launch; the tables of pair costs,
 which all rows share, stay in the second-level cache. Pair costs are 32-bit integers, as on the CPU: Hopper adds and
@@ -6,14 +6,17 @@ compares them in one instruction, and equal sums have the same winner, the lowes
 device gives the same bits every time.
 """
 
-import contextlib
-from contextlib import AbstractContextManager
+# Loops of a kernel are Triton's, which a type checker of Python misreads:
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from aqlm_tensor.kernels.triton_sums import CodeSums, nearest, on_device, power_of_two
 
 __all__ = ["CodeSums", "nearest", "supports", "sweep_block"]
 
@@ -219,85 +222,9 @@ def _sweep_block(
         factors += pairs
 
 
-@triton.jit
-def _nearest(
-    linear: tl.tensor,
-    column: tl.tensor,
-    squares: tl.tensor,
-    transposed: tl.tensor,
-    values: tl.tensor,
-    indices: tl.tensor,
-    number: tl.tensor,
-    size: tl.tensor,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-) -> None:
-    """Lowest squares[column[n], s] - 2 linear[n] . entry s over s, and the lowest such s, for BN points."""
-    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    e = tl.arange(0, BE)
-    inside = n < number
-    points = tl.load(linear + n[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
-    at = squares + tl.load(column + n, mask=inside, other=0) * size
-    best = tl.full([BN, BS], float("inf"), tl.float32)
-    arg = tl.zeros([BN, BS], tl.int32)
-    for start in range(0, size, BS):
-        s = start + tl.arange(0, BS)
-        entries = tl.load(transposed + e[:, None] * size + s[None, :], mask=(e < E)[:, None] & (s < size), other=0.0)
-        cost = tl.load(at[:, None] + s[None, :], mask=inside[:, None] & (s < size)[None, :], other=float("inf"))
-        cost -= 2.0 * tl.dot(points, entries, input_precision="tf32x3")
-        arg = tl.where(cost < best, start, arg)
-        best = tl.minimum(best, cost)
-    lowest = tl.min(best, axis=1)
-    arg += tl.arange(0, BS)[None, :]
-    tl.store(values + n, lowest, mask=inside)
-    index = tl.min(tl.where(best == lowest[:, None], arg, size - 1), axis=1)
-    tl.store(indices + n, index.to(tl.int64), mask=inside)
-
-
-@triton.jit
-def _sum_segments(
-    values: tl.tensor,
-    weights: tl.tensor,
-    order: tl.tensor,
-    offsets: tl.tensor,
-    sums: tl.tensor,
-    size: tl.tensor,
-    width: tl.tensor,
-    columns: tl.tensor,
-    count: tl.tensor,
-    WEIGHTED: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-) -> None:
-    """sums[split, s]: over a stretch of offsets[s] <= i < offsets[s + 1], the sum of values[n], n = order[i] // count.
-
-    With WEIGHTED, of weights[n // columns] * values[n % columns].
-    """
-    s, split = tl.program_id(0), tl.program_id(2)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
-    begin, end = tl.load(offsets + s), tl.load(offsets + s + 1)
-    stretch = (end - begin + tl.num_programs(2) - 1) // tl.num_programs(2)
-    begin += split * stretch
-    end = tl.minimum(end, begin + stretch)
-    total = tl.zeros([BN, BE], tl.float32)
-    for start in range(begin, end, BN):
-        i = start + tl.arange(0, BN)
-        n = tl.load(order + i, mask=i < end, other=0) // count
-        at = n % columns if WEIGHTED else n
-        inside = (i < end)[:, None] & (e < width)[None, :]
-        value = tl.load(values + at[:, None] * width + e[None, :], mask=inside, other=0.0)
-        if WEIGHTED:
-            value *= tl.load(weights + n // columns, mask=i < end, other=0.0)[:, None]
-        total += value
-    place = sums + (split.to(tl.int64) * size + s) * width + e
-    tl.store(place, tl.sum(total, axis=0), mask=e < width)
-
-
 def supports(size: int, entry: int) -> bool:
     """Whether `sweep_block` takes codebooks of `size` entries of `entry` elements."""
-    return size <= _MAX_SIZE and size == _power_of_two(size) and entry <= _MAX_ENTRY
+    return size <= _MAX_SIZE and size == power_of_two(size) and entry <= _MAX_ENTRY
 
 
 def sweep_block(
@@ -327,7 +254,7 @@ def sweep_block(
     linear, changes = torch.empty(2, rows, entry, device=target.device)
     costs = torch.empty(-(-rows // 64) * 64, size, dtype=torch.int32, device=target.device)
     kernel: Any = _sweep_block
-    with _on(target.device):
+    with on_device(target.device):
         kernel[(-(-rows // _ROWS),)](
             *(target, pending, error, indices, metric, feedback, books, transposed, squares, tables, factors, order),
             *(linear, changes, costs, rows, columns, groups, target.stride(0), target.stride(1), indices.stride(0)),
@@ -339,86 +266,8 @@ def sweep_block(
             KNOWN=known,
             COUPLED=feedback.numel() > 0,
             BR=_ROWS,
-            BG=_power_of_two(group),
-            BW=_power_of_two(columns),
+            BG=power_of_two(group),
+            BW=power_of_two(columns),
             CHUNK=min(_CHUNK, size),
             num_warps=2,
         )
-
-
-def nearest(linear: Tensor, column: Tensor, squares: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and argmin over s of squares[column[n], s] - 2 linear[n] . entries[s], for each n.
-
-    Args:
-        linear: [N, E] float32.
-        column: [N] int64.
-        squares: [J, S] float32.
-        entries: [S, E] float32, E at most 64.
-
-    Returns:
-        Values [N] and indices [N] int64, the lowest of equals.
-    """
-    number, entry = linear.shape
-    values = torch.empty(number, device=linear.device)
-    indices = torch.empty(number, dtype=torch.int64, device=linear.device)
-    size = len(entries)
-    block = min(64, max(16, _power_of_two(size)))
-    kernel: Any = _nearest
-    with _on(linear.device):
-        kernel[(-(-number // 64),)](
-            *(linear.contiguous(), column, squares.contiguous(), entries.T.contiguous(), values, indices, number, size),
-            E=entry,
-            BE=max(16, _power_of_two(entry)),
-            BN=64,
-            BS=block,
-        )
-    return values, indices
-
-
-class CodeSums:
-    """Sums by code on a GPU; see `aqlm_tensor.quantizer.sums`.
-
-    Args:
-        codes: [R, J, K] int64, below `size`.
-        size: number of sums of each codebook.
-    """
-
-    def __init__(self, codes: Tensor, size: int) -> None:
-        self.size, self.columns, self.count = size, codes.shape[1], codes.shape[2]
-        book = torch.arange(self.count, dtype=torch.int32, device=codes.device) * size
-        ordered, self.order = (codes.to(torch.int32) + book).flatten().sort(stable=True)
-        bounds = torch.arange(size * self.count + 1, dtype=torch.int32, device=codes.device)
-        self.offsets = torch.searchsorted(ordered, bounds)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Sums [K, size, E] of `values` [R * J, E] float32."""
-        return self._sums(values.contiguous(), None)
-
-    def weighted(self, weights: Tensor, blocks: Tensor) -> Tensor:
-        """Sums [K, size, E] of weights[r] * blocks[j]: `weights` [R], `blocks` [J, E] float32."""
-        return self._sums(blocks.contiguous(), weights.contiguous())
-
-    def _sums(self, values: Tensor, weights: Tensor | None) -> Tensor:
-        width, number = values.shape[1], self.size * self.count
-        splits = max(1, min(32, len(self.order) // (number * 1024)))
-        block = min(64, _power_of_two(width))
-        sums = torch.empty(splits, self.count, self.size, width, device=values.device)
-        kernel: Any = _sum_segments
-        with _on(values.device):
-            kernel[number, -(-width // block), splits](
-                *(values, values if weights is None else weights, self.order, self.offsets, sums),
-                *(number, width, self.columns, self.count),
-                WEIGHTED=weights is not None,
-                BN=1024 // block,
-                BE=block,
-            )
-        return sums[0] if splits == 1 else sums.sum(0)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one; elsewhere (Triton's interpreter) do nothing."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -17,7 +17,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aqlm_tensor.kernels import triton_search
+from aqlm_tensor.kernels import triton_search, triton_sums
 
 INTEGERS = dict.fromkeys(("indices", "order", "column", "offsets"), "*i64") | {"tables": "*i32", "costs": "*i32"}
 SCALARS = {"limit": "fp32"}
@@ -32,7 +32,7 @@ CASES = [
 ]
 
 def compiled(name, values, arch):
-    kernel = getattr(triton_search, name)
+    kernel = getattr(triton_search if name == "_sweep_block" else triton_sums, name)
     types = dict.fromkeys(POINTERS, "*fp32") | INTEGERS | SCALARS
     signature = {arg: "constexpr" if arg in values else types.get(arg, "i32") for arg in kernel.arg_names}
     result = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", arch, 32))
