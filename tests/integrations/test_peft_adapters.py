@@ -190,7 +190,7 @@ def test_requantizing_merges_into_the_former_scheme() -> None:
     hook.remove()
     errors = {}
     for name, calibrate in {"data-free": None, "calibrated": lambda base: base(TOKENS)}.items():
-        result = merge_and_requantize(copy.deepcopy(model), calibrate, solver=SolverConfig(max_rounds=3))
+        result = merge_and_requantize(copy.deepcopy(model), calibrate, solver=SolverConfig(max_rounds=6))
         weight = q_proj(result).weight
         assert isinstance(weight, AQLMTensor)
         assert str(weight.scheme) == "2x4g8"

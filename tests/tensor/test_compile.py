@@ -1,5 +1,6 @@
 """torch.compile and torch.export of models with AQLM weights."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -172,6 +173,28 @@ def test_export_with_dynamic_batch() -> None:
     assert sum(node.target == torch.ops.aqlm_tensor.linear.default for node in exported.graph.nodes) == 2
     x = torch.randn(9, 64)
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_a_compiled_model_is_cast_and_moved() -> None:
+    model, x = MLP(), torch.randn(5, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+        weight = weight_of(model.down)
+        model.to(torch.bfloat16)
+        assert weight_of(model.down) is weight
+        torch.testing.assert_close(compiled(x.bfloat16()), model(x.bfloat16()), rtol=2**-6, atol=2**-6)
+    model.to("meta")
+    assert weight_of(model.down).is_meta
+
+
+def test_a_reset_lets_go_of_what_an_export_refers_to() -> None:
+    """Until then torch refuses to move or cast a module with any tensor subclass: "Couldn't swap"."""
+    model = MLP()
+    torch.export.export(model, (torch.randn(5, 64),))
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight_of(model.to(torch.bfloat16).down).dtype == torch.bfloat16
 
 
 def test_the_cache_key_tells_weights_apart() -> None:

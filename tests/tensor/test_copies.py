@@ -231,6 +231,17 @@ def test_new_tensors() -> None:
     assert not w.is_pinned()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_pinned_memory_and_back() -> None:
+    w = random_weight()
+    pinned = as_aqlm(w.pin_memory())
+    assert pinned.is_pinned()
+    moved = pinned.to("cuda", non_blocking=True)
+    assert moved.is_cuda
+    _assert_same(moved.cpu(), w)
+
+
 def test_shared_memory_reaches_another_process() -> None:
     w = random_weight()
     w.share_memory_()
