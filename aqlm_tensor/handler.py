@@ -129,7 +129,7 @@ def _quantize(weight: Tensor, config: AQLMWeightConfig, hessian: Tensor | None) 
     result = quantize_layer(
         weight.detach(), scheme, hessian=hessian, solver=config.solver, seed=config.seed, dtype=dtype
     )
-    return AQLMTensor(result.codes, result.codebooks.to(dtype), result.scales.to(dtype)), result.errors[-1]
+    return AQLMTensor(result.codes, result.codebooks.to(dtype), result.scales.to(dtype)), result.error
 
 
 def _hessian(sharing: list[nn.Linear]) -> tuple[Tensor | None, int]:
