@@ -35,7 +35,7 @@ from aqlm_tensor.cli_tune import check_tune, tune_with_bar, write_tuning_report
 from aqlm_tensor.experts import find_stacks
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.hf_model import find_model, save_model
-from aqlm_tensor.pv_tuning import PVReport
+from aqlm_tensor.pv_report import PVReport
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.run_report import Progress
 from aqlm_tensor.scheme import AQLMScheme

@@ -12,7 +12,7 @@ from aqlm_tensor import PVConfig, tune_pv
 from aqlm_tensor.cli_arguments import open_model
 from aqlm_tensor.cli_output import UsageError, bar
 from aqlm_tensor.hf_model import ModelSource
-from aqlm_tensor.pv_tuning import PVReport, PVRound
+from aqlm_tensor.pv_report import PVReport, PVRound
 
 __all__ = ["TUNING_REPORT_NAME", "check_tune", "tune_with_bar", "write_tuning_report"]
 

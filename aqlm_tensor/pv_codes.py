@@ -119,7 +119,10 @@ class _Choice:
         self.old = codes_to_indices(parts.codes, self.nbits)
 
     def propose(self, damping: float) -> None:
-        """Find new codes, how many groups change in each row, and what each row gains; 0 where it must not change."""
+        """Find new codes, how many groups change in each row, and what each row gains; 0 where it must not change.
+
+        `bounded` tells whether the trust ratio kept a row from a gain.
+        """
         scales = self.parts.scales.view(-1, 1, 1)
         target = (self.dense - self.newton / damping) / torch.where(scales != 0, scales, torch.ones_like(scales))
         self.new, change = _swept(target, self.old, self.parts.codebooks, self.coupling)
@@ -129,8 +132,10 @@ class _Choice:
         gain -= 0.5 * damping * self.power * ((change @ self.metric) * change).flatten(1).sum(1)
         order = gain.argsort(descending=True, stable=True)
         sizes = change.flatten(1).square().sum(1)[order].cumsum(0)
-        gain[order[sizes > self.config.trust_ratio**2 * self.dense.square().sum()]] = 0
         gain[self.groups == 0] = 0
+        too_far = order[sizes > self.config.trust_ratio**2 * self.dense.square().sum()]
+        self.bounded = bool((gain[too_far] > 0).any())
+        gain[too_far] = 0
         self.gain = gain
 
     def make(self, least: float) -> int:
@@ -190,9 +195,9 @@ def choose_codes(
                 choice.propose(damping)
         least = _threshold(choices, most)
         changed = sum(choice.make(least) for choice in choices)
-        if changed == 0:  # so much damping that nothing is worth a change
-            return 0, damping / _MORE
-        if loss() < before:
+        if changed == 0 and not any(choice.bounded for choice in choices):
+            return 0, damping / _MORE  # so much damping that nothing is worth a change
+        if changed and loss() < before:
             return changed, damping / (2 if attempt == 0 else 1)
         damping *= _MORE
     for choice in choices:

@@ -48,7 +48,7 @@ class PVConfig:
     batches_per_step: int = 1
     steps_per_round: int = 16
     code_fraction: float = 0.05
-    trust_ratio: float = 0.1
+    trust_ratio: float = 0.3
     dense: Dense = "vectors"
     validation: float = 0.0625
     patience: int = 8

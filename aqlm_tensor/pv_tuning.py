@@ -22,83 +22,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from aqlm_tensor.pv_adam import RelativeAdam
 from aqlm_tensor.pv_codes import FIRST_DAMPING, choose_codes
 from aqlm_tensor.pv_config import PVConfig
 from aqlm_tensor.pv_layers import TunedWeight, check_layers, in_turns, tuned_weights
 from aqlm_tensor.pv_loss import Teacher, call_model, check_teacher, token_loss
+from aqlm_tensor.pv_report import PVReport, PVRound
 from aqlm_tensor.pv_state import TuningFolder, model_tensors
 from aqlm_tensor.sequential import find_blocks
 from aqlm_tensor.work_folder import fingerprint
 
-__all__ = ["PVReport", "PVRound", "tune_pv"]
+__all__ = ["tune_pv"]
 
-_BETAS = (0.9, 0.95)
 _LAST_LR = 0.1  # of the first
 _PROBED = 4  # batches on which a choice of codes must prove itself
-
-
-@dataclass(frozen=True)
-class PVRound:
-    """One round of `tune_pv`.
-
-    Attributes:
-        step: steps done at its end.
-        steps: steps in all.
-        training: mean loss of its steps, in nats a token.
-        validation: loss on the batches held out after them.
-        changed: share of the model's quantized groups whose codes were changed afterwards.
-        seconds: wall time.
-    """
-
-    step: int
-    steps: int
-    training: float
-    validation: float
-    changed: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PVReport:
-    """What `tune_pv` did.
-
-    Attributes:
-        loss_before: mean loss on the batches held out before tuning, in nats a token: divergence from the teacher, or
-            negative log likelihood without one.
-        loss_after: the same of the state that was kept.
-        rounds: each round.
-        changed: for each layer the share of groups that have other codes than before.
-        seconds: wall time, that of runs which this one resumed included.
-        peak_memory: bytes; most that torch had allocated on the model's GPUs since tuning began (torch's peak counters
-            are reset for it), or the process's peak resident memory for a model on the CPU.
-    """
-
-    loss_before: float
-    loss_after: float
-    rounds: tuple[PVRound, ...]
-    changed: dict[str, float]
-    seconds: float
-    peak_memory: int
-
-    def __str__(self) -> str:
-        steps = self.rounds[-1].step if self.rounds else 0
-        shares = sorted(self.changed.values())
-        work = f"{steps} steps in {len(self.rounds)} rounds, {self.seconds:.1f} s"
-        lines = [
-            f"loss on held-out batches {self.loss_before:.4f} -> {self.loss_after:.4f} nats a token",
-            f"{work}, peak memory {self.peak_memory / 1e9:.2f} GB",
-        ]
-        if shares:
-            lines.append(
-                f"codes changed in {100 * sum(shares) / len(shares):.2f} % of a layer's groups on average "
-                f"({100 * shares[0]:.2f} to {100 * shares[-1]:.2f} %)"
-            )
-        return "\n".join(lines)
 
 
 def tune_pv(
@@ -205,33 +148,6 @@ def _checkpointed(model: nn.Module, config: PVConfig) -> Iterator[None]:
                 block.forward = own
 
 
-class _Adam:
-    """Adam (Kingma and Ba 2015) whose steps are relative to the size that each parameter has at the beginning."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.first = [torch.zeros_like(parameter) for parameter in parameters]
-        self.second = [torch.zeros_like(parameter) for parameter in parameters]
-        sizes = [float(parameter.detach().square().mean().sqrt()) for parameter in parameters]
-        self.sizes = [size or 1.0 for size in sizes]  # all zero: absolute steps
-
-    @torch.no_grad()
-    def step(self, number: int, lr: float) -> None:
-        """Step `number`, counted from 1, with the parameters' gradients, which are cleared."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        beta1, beta2 = _BETAS
-        torch._foreach_lerp_(self.first, gradients, 1 - beta1)
-        torch._foreach_mul_(self.second, beta2)
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - beta2)
-        scale = torch._foreach_div(self.second, 1 - beta2**number)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, 1e-12)
-        lengths = [-lr * size / (1 - beta1**number) for size in self.sizes]
-        torch._foreach_addcdiv_(self.parameters, self.first, scale, lengths)
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
 @dataclass
 class _Run:
     """One call of `tune_pv`, while the model's weights are spread out."""
@@ -262,7 +178,7 @@ class _Run:
         self.trained = {name: value for name, value in named.items() if value.is_floating_point()}
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        self.adam = _Adam(list(self.trained.values()))
+        self.adam = RelativeAdam(list(self.trained.values()))
         self.first_codes = [weight.codes.clone() for weight in self.weights]
         self.best_codes = [weight.codes.clone() for weight in self.weights]
         self.best = [parameter.detach().clone() for parameter in self.trained.values()]
@@ -419,15 +335,13 @@ class _Run:
             found |= {f"now.{weight.fqn}.codes": weight.codes, f"best.{weight.fqn}.codes": best}
         return found
 
-    def _progress(self) -> dict[str, object]:
+    def _progress(self) -> dict[str, Any]:
         rounds = [asdict(entry) for entry in self.rounds]
         names = ("loss_before", "best_loss", "stale", "damping", "seconds")
         return {"rounds": rounds} | {name: getattr(self, name) for name in names}
 
-    def _take(self, progress: dict[str, object]) -> None:
-        rounds = progress.pop("rounds")
-        assert isinstance(rounds, list)
-        self.rounds = [PVRound(**entry) for entry in rounds]
+    def _take(self, progress: dict[str, Any]) -> None:
+        self.rounds = [PVRound(**entry) for entry in progress.pop("rounds")]
         for name, value in progress.items():
             setattr(self, name, value)
 

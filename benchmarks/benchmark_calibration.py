@@ -29,7 +29,7 @@ from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, PVConfig, SolverConfig
 from aqlm_tensor.cli_output import failures, note
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
-from aqlm_tensor.pv_tuning import PVRound
+from aqlm_tensor.pv_report import PVRound
 from aqlm_tensor.sequential import find_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out

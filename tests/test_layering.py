@@ -35,7 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.targets",),
     ("aqlm_tensor.handler", "aqlm_tensor.training"),
     ("aqlm_tensor.api", "aqlm_tensor.finetune", "aqlm_tensor.sequential"),
-    ("aqlm_tensor.pv_config", "aqlm_tensor.pv_codes", "aqlm_tensor.pv_layers", "aqlm_tensor.pv_loss"),
+    ("aqlm_tensor.pv_adam", "aqlm_tensor.pv_config", "aqlm_tensor.pv_report"),
+    ("aqlm_tensor.pv_codes", "aqlm_tensor.pv_layers", "aqlm_tensor.pv_loss"),
     (
         "aqlm_tensor.activations",
         "aqlm_tensor.block_calls",
