@@ -33,8 +33,9 @@ class PVConfig:
         precision: what products are computed in. "auto" is bfloat16 on GPUs that have it, float32 elsewhere; trained
             parameters and sums are float32 always.
         gradient_checkpointing: compute the inside of each block again in the backward pass rather than keep it.
-        gradient_memory: bytes that gradients of dense weights and X^T X of their inputs may take, 4 for each entry;
-            each round then chooses codes for as many layers as fit, in turn. None chooses for all in each round.
+        gradient_memory: bytes that gradients of dense weights and X^T X of their inputs may take, 4 for each entry (and
+            about five times as much while codes are chosen); each round then chooses codes for as many layers as fit,
+            in turn. None chooses for all in each round.
         save_every: rounds between two savings of the state to the work folder.
         seed: of the order of the batches.
 

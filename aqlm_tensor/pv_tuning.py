@@ -6,9 +6,10 @@ of the dense weight asks to change most. Here a round is some P steps with Adam,
 gradient that the round's P steps had for the dense weights anyway. The best state on batches held out is kept, rounded
 to the dtype that is stored, the untuned one included: tuning never ends worse on them.
 
-Memory beyond the model, in bytes: 12 for each trained parameter (value, two moments) and 4 for a copy of the best one,
-the codes three times, 4 for each weight whose codes the next V step chooses (`gradient_memory` bounds it), and the
-activations. Without gradient checkpointing each layer's decoded weight is one of those.
+Memory beyond the model, in bytes: 12 for each trained parameter (value, two moments) and 4 for a copy of the best one;
+the codes three times; for each weight matrix [O, I] whose codes the next V step chooses 4 (O I + I I), which
+`gradient_memory` bounds, and about five times that while they are chosen; and the activations. Without gradient
+checkpointing each layer's decoded weight is one of those.
 
 What it costs: about three forward passes of the dense model a batch, one more for a teacher, and the decoding.
 """

@@ -118,9 +118,11 @@ def test_the_choice_of_codes_alone_mends_wrong_ones_and_more() -> None:
 def test_little_trust_keeps_layers_where_they_are(trust_ratio: float) -> None:
     model, dense, data = prepared()
     layer = model.get_submodule("blocks.0.down")
+    assert isinstance(layer.weight, AQLMTensor)
     before = layer.weight.dequantize()
     config = PVConfig(epochs=1, lr=1e-12, steps_per_round=5, validation=0.25, trust_ratio=trust_ratio)
     tune_pv(model, dense, data, config=config)  # 9 steps: codes are chosen once
+    assert isinstance(layer.weight, AQLMTensor)
     moved = float((layer.weight.dequantize() - before).norm() / before.norm())
     assert moved <= trust_ratio
 
