@@ -6,7 +6,8 @@ goes on with a few most likely tokens, so that it finds into sensible text, and 
 the same way within the window.
 
 It takes one forward pass per token of a window, so it is much slower than reading a text, and it shows the layers what
-the model says rather than what it will be asked.
+the model says rather than what it will be asked. On SmolLM2 it keeps about nine tenths of what calibration on the right
+text gains over none (benchmarks/README.md).
 """
 
 from collections.abc import Callable
