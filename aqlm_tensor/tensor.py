@@ -24,7 +24,7 @@ from aqlm_tensor.scheme import AQLMScheme
 if TYPE_CHECKING:
     from aqlm_tensor.quantizer.solver import SolverConfig
 
-__all__ = ["FLOATS", "AQLMTensor"]
+__all__ = ["FLOATS", "AQLMTensor", "Orientation"]
 
 Orientation = Literal["matrix", "transposed", "row", "flat"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_tensor.linear import set_quantized
-from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.tensor import AQLMTensor, Orientation
 from aqlm_tensor.tensor_ops import linear_of_parts
 
 __all__ = ["trainable"]
@@ -139,6 +139,7 @@ class _TrainableStack(nn.Module):
     """A stack of experts spread out: a submodule in the place and with the name of the parameter."""
 
     codes: Tensor
+    orientation: Orientation
 
     def __init__(self, weight: AQLMTensor) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def _attaching(method: Callable) -> Callable:
 def _saving(save: Callable) -> Callable:
     """save_pretrained, which fetches offloaded weights only if a device map says that there are any."""
 
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         attach(self)
         offloaded = any(isinstance(parameter, AQLMTensor) and parameter.is_meta for parameter in self.parameters())
         if not offloaded or hasattr(self, "hf_device_map"):

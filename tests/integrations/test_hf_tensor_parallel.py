@@ -22,7 +22,8 @@ def parallel(folder: Path, plan: Any = "auto") -> Any:
 
 
 def whole(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).to(ranks.device())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.to(ranks.device())
 
 
 def checkpoint(rank: int, folder: Path, family: str, scheme: str) -> Path:
