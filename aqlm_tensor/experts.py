@@ -87,9 +87,7 @@ def find_stacks(
             continue
         for name, parameter in module.named_parameters(prefix=fqn, recurse=False):
             own = config.fqn_to_config.get(name) if isinstance(config, FqnToConfig) else config
-            named = (
-                "expert" in f"{name} {type(module).__name__}".lower()
-            )
+            named = "expert" in f"{name} {type(module).__name__}".lower()
             if not named or parameter.dim() != 3 or not isinstance(own, AQLMWeightConfig):
                 continue
             stack = ExpertStack(name, module, own)
