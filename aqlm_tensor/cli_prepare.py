@@ -5,6 +5,7 @@ the same twice. So the result is kept beside the work folder until the end, for 
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -131,12 +132,14 @@ def prepare(
 
 
 def _load(model: Any, tokenizer: Any, source: Source, wanted: Wanted, device: str) -> CalibrationData:
-    sizes = {"nsamples": wanted.nsamples, "seqlen": wanted.seqlen, "seed": wanted.seed}
+    read = functools.partial(
+        calibration_data, source, model=model, nsamples=wanted.nsamples, seqlen=wanted.seqlen, seed=wanted.seed
+    )
     if not isinstance(source, GeneratedData):
         with usage(), phase("reading calibration data"):
-            return calibration_data(source, model=model, tokenizer=tokenizer, **sizes)
+            return read(tokenizer=tokenizer)
     with _moved(model, device), bar("writing calibration data", wanted.nsamples * wanted.seqlen, "tokens") as shown:
-        return calibration_data(source, model=model, **sizes, on_token=lambda done, _total: shown.update(done))
+        return read(on_token=lambda done, _total: shown.update(done))
 
 
 def _allocate(model: Any, config: AQLMWeightConfig, data: CalibrationData, wanted: Wanted, device: str) -> Allocation:
