@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor.training import trainable
+from aqlm_tensor.training import held_out, trainable_in_float32
 
 __all__ = ["FinetuneConfig", "finetune_block"]
 
@@ -53,11 +53,7 @@ class FinetuneConfig:
         Raises:
             ValueError: for fewer than two batches.
         """
-        if batches < 2:
-            raise ValueError(
-                f"fine-tuning needs at least 2 batches, one of them to validate on, got {batches}: pass smaller batches"
-            )
-        return range(batches - max(1, round(self.validation * batches)), batches)
+        return held_out(batches, self.validation, "fine-tuning")
 
 
 def finetune_block(
@@ -133,23 +129,12 @@ def _relative_error(output: Tensor, target: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _trained_in_float32(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Inside the block of code, everything is float32, and the parameters that are yielded require gradients."""
-    with trainable(block):
-        tensors = [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.is_floating_point()]
-        before = [(tensor, tensor.dtype, tensor.requires_grad) for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.float()
-                tensor.requires_grad_(False)
-            trained = [
-                parameter
-                for name, parameter in block.named_parameters()
-                if parameter.dim() == 1 or name.rpartition(".")[2] in ("codebooks", "scales")
-            ]
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            yield trained
-        finally:
-            for tensor, dtype, requires_grad in before:
-                tensor.grad = None
-                tensor.requires_grad_(requires_grad)
-                tensor.data = tensor.data.to(dtype)
+    with trainable_in_float32(block):
+        trained = [
+            parameter
+            for name, parameter in block.named_parameters()
+            if parameter.dim() == 1 or name.rpartition(".")[2] in ("codebooks", "scales")
+        ]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield trained

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from aqlm_tensor.training import held_out
+
 __all__ = ["PVConfig"]
 
 Dense = Literal["none", "vectors", "all"]
@@ -89,11 +91,7 @@ class PVConfig:
         Raises:
             ValueError: for fewer than two batches.
         """
-        if batches < 2:
-            raise ValueError(
-                f"tuning needs at least 2 batches, one of them to validate on, got {batches}: pass smaller batches"
-            )
-        return range(batches - max(1, min(batches - 1, round(self.validation * batches))), batches)
+        return held_out(batches, self.validation, "tuning")
 
     def steps(self, batches: int) -> int:
         """Steps in all for so many batches, those held out among them."""

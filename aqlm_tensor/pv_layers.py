@@ -22,7 +22,7 @@ from aqlm_tensor.pv_codes import LossModel, Parts
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.sums import code_sums
 from aqlm_tensor.tensor import AQLMTensor
-from aqlm_tensor.training import trainable
+from aqlm_tensor.training import trainable_in_float32
 
 __all__ = ["TunedWeight", "check_layers", "in_turns", "tuned_weights"]
 
@@ -148,15 +148,10 @@ def tuned_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[in
     Yields each distinct AQLM weight once, and the dtype that each parameter had, by its id. Nothing requires gradients
     but what the caller marks. Afterwards layers hold their AQLMTensors again, with dtypes and requires_grad as before.
     """
-    with trainable(model):
-        tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-        before = [(tensor, tensor.dtype, tensor.requires_grad) for tensor in tensors]
+    with trainable_in_float32(model) as dtypes:
         weights: dict[int, TunedWeight] = {}
         layers: list[nn.Module] = []
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.float()
-                tensor.requires_grad_(False)
             for fqn, layer in model.named_modules():
                 codebooks = layer._parameters.get("codebooks")
                 if not isinstance(layer, nn.Linear) or codebooks is None:
@@ -165,14 +160,10 @@ def tuned_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[in
                 tuned = weights.setdefault(id(codebooks), tuned)
                 layer.forward = functools.partial(_forward, layer, tuned)
                 layers.append(layer)
-            yield list(weights.values()), {id(tensor): dtype for tensor, dtype, _ in before}
+            yield list(weights.values()), dtypes
         finally:
             for layer in layers:
                 del layer.forward
-            for tensor, dtype, requires_grad in before:
-                tensor.grad = None
-                tensor.requires_grad_(requires_grad)
-                tensor.data = tensor.data.to(dtype)
 
 
 def _forward(layer: nn.Linear, weight: TunedWeight, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name

@@ -19,7 +19,7 @@ from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor, Orientation
 from aqlm_tensor.tensor_ops import linear_of_parts
 
-__all__ = ["trainable"]
+__all__ = ["held_out", "trainable", "trainable_in_float32"]
 
 
 class _TrainableLinear(nn.Linear):
@@ -180,3 +180,37 @@ def _gather_stack(weight: AQLMTensor, module: nn.Module, name: str) -> None:
         parameter = renewed if renewed is weight else nn.Parameter(renewed, requires_grad=False)
         module._parameters[name] = parameter
         module.__class__ = module.__dict__.pop("_with_stacks_of", type(module))
+
+
+@contextlib.contextmanager
+def trainable_in_float32(module: nn.Module) -> Iterator[dict[int, torch.dtype]]:
+    """`trainable`, with every floating-point parameter and buffer in float32 and none of them requiring gradients.
+
+    Yields the dtype that each had, by its id. Afterwards dtypes and requires_grad are as before and gradients are gone.
+    """
+    with trainable(module):
+        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+        before = [(tensor, tensor.dtype, tensor.requires_grad) for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+                tensor.requires_grad_(False)
+            yield {id(tensor): dtype for tensor, dtype, _ in before}
+        finally:
+            for tensor, dtype, requires_grad in before:
+                tensor.grad = None
+                tensor.requires_grad_(requires_grad)
+                tensor.data = tensor.data.to(dtype)
+
+
+def held_out(batches: int, share: float, what: str) -> range:
+    """Which of so many batches validate `what`: the last ones, about such a share, at least one and never all.
+
+    Raises:
+        ValueError: for fewer than two batches.
+    """
+    if batches < 2:
+        raise ValueError(
+            f"{what} needs at least 2 batches, one of them to validate on, got {batches}: pass smaller batches"
+        )
+    return range(batches - max(1, min(batches - 1, round(share * batches))), batches)
