@@ -8,10 +8,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aqlm_tensor.allocation import Allocation
     from aqlm_tensor.api import QuantizationReport, quantize_
-    from aqlm_tensor.calibration import calibrate
-    from aqlm_tensor.calibration_sources import CalibrationData, calibration_data
+    from aqlm_tensor.calibration.allocation import Allocation
+    from aqlm_tensor.calibration.calibrate import calibrate
+    from aqlm_tensor.calibration.finetune import FinetuneConfig
+    from aqlm_tensor.calibration.report import CalibrationReport
+    from aqlm_tensor.calibration.self_generation import GeneratedData
+    from aqlm_tensor.calibration.sensitivity import allocate
+    from aqlm_tensor.calibration.sources import CalibrationData, calibration_data
     from aqlm_tensor.checkpoint import load, save
     from aqlm_tensor.config import (
         AQLMWeightConfig,
@@ -24,14 +28,10 @@ if TYPE_CHECKING:
         aqlm_8x8,
     )
     from aqlm_tensor.decode_graph import DecodeGraph
-    from aqlm_tensor.finetune import FinetuneConfig
     from aqlm_tensor.fusion import FusionReport, fuse_, unfuse_
-    from aqlm_tensor.pv_config import PVConfig
-    from aqlm_tensor.pv_tuning import tune_pv
-    from aqlm_tensor.run_report import CalibrationReport
+    from aqlm_tensor.pv.config import PVConfig
+    from aqlm_tensor.pv.tuning import tune_pv
     from aqlm_tensor.scheme import AQLMScheme
-    from aqlm_tensor.self_generation import GeneratedData
-    from aqlm_tensor.sensitivity import allocate
     from aqlm_tensor.tensor import AQLMTensor
     from aqlm_tensor.training import trainable
 
@@ -41,31 +41,31 @@ _HOMES = {
     "AQLMScheme": "scheme",
     "AQLMTensor": "tensor",
     "AQLMWeightConfig": "config",
-    "Allocation": "allocation",
-    "CalibrationData": "calibration_sources",
-    "CalibrationReport": "run_report",
+    "Allocation": "calibration.allocation",
+    "CalibrationData": "calibration.sources",
+    "CalibrationReport": "calibration.report",
     "DecodeGraph": "decode_graph",
-    "FinetuneConfig": "finetune",
+    "FinetuneConfig": "calibration.finetune",
     "FusionReport": "fusion",
-    "GeneratedData": "self_generation",
-    "PVConfig": "pv_config",
+    "GeneratedData": "calibration.self_generation",
+    "PVConfig": "pv.config",
     "QuantizationReport": "api",
     "SolverConfig": "config",
-    "allocate": "sensitivity",
+    "allocate": "calibration.sensitivity",
     "aqlm_1x16": "config",
     "aqlm_1x16g16": "config",
     "aqlm_1x8": "config",
     "aqlm_2x8": "config",
     "aqlm_4x8": "config",
     "aqlm_8x8": "config",
-    "calibrate": "calibration",
-    "calibration_data": "calibration_sources",
+    "calibrate": "calibration.calibrate",
+    "calibration_data": "calibration.sources",
     "fuse_": "fusion",
     "load": "checkpoint",
     "quantize_": "api",
     "save": "checkpoint",
     "trainable": "training",
-    "tune_pv": "pv_tuning",
+    "tune_pv": "pv.tuning",
     "unfuse_": "fusion",
 }
 

@@ -30,15 +30,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, SolverConfig, calibrate
-from aqlm_tensor.allocation import Allocation, LayerGroup, choose_schemes
-from aqlm_tensor.calibration_sources import TextFile, TokenFile, parse_source
-from aqlm_tensor.cli_output import failures, note
-from aqlm_tensor.cli_quantize import batched
+from aqlm_tensor.blocks import find_blocks, linears_of, sample_windows
+from aqlm_tensor.calibration.allocation import Allocation, LayerGroup, choose_schemes
+from aqlm_tensor.calibration.sensitivity import SCHEMES, measure_schemes
+from aqlm_tensor.calibration.sources import TextFile, TokenFile, parse_source
+from aqlm_tensor.cli.output import failures, note
+from aqlm_tensor.cli.quantize import batched
 from aqlm_tensor.evaluate import perplexity, windows
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from aqlm_tensor.scheme import AQLMScheme
-from aqlm_tensor.sensitivity import SCHEMES, measure_schemes
-from aqlm_tensor.sequential import find_blocks, linears_of, sample_windows
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import RESULTS, provenance, write_csv

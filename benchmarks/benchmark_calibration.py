@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, PVConfig, SolverConfig, calibrate, tune_pv
-from aqlm_tensor.cli_output import failures, note
+from aqlm_tensor.blocks import find_blocks
+from aqlm_tensor.cli.output import failures, note
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
-from aqlm_tensor.pv_report import PVRound
-from aqlm_tensor.sequential import find_blocks
+from aqlm_tensor.pv.report import PVRound
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import provenance, write_csv

@@ -21,10 +21,10 @@ import torch
 from rich.progress import Progress
 
 from aqlm_tensor import SolverConfig, aqlm_2x8, fuse_, quantize_
-from aqlm_tensor.cli_output import failures, note, phase
+from aqlm_tensor.blocks import dense_weights, in_blocks
+from aqlm_tensor.cli.output import failures, note, phase
 from aqlm_tensor.evaluate import generate
 from aqlm_tensor.hf_model import find_model, load_model
-from aqlm_tensor.sequential import dense_weights, in_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from demo import model_folder

@@ -22,11 +22,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from aqlm_tensor import AQLMWeightConfig, SolverConfig, aqlm_2x8, quantize_
-from aqlm_tensor.cli_output import failures, note
-from aqlm_tensor.cli_quantize import batched, quantize_with_bar
-from aqlm_tensor.cli_run import perplexity_with_bar
+from aqlm_tensor.blocks import in_blocks
+from aqlm_tensor.cli.output import failures, note
+from aqlm_tensor.cli.quantize import batched, quantize_with_bar
+from aqlm_tensor.cli.run import perplexity_with_bar
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
-from aqlm_tensor.sequential import in_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import provenance, write_csv

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aqlm_tensor.sequential import find_blocks, in_blocks, linears_of
+from aqlm_tensor.blocks import find_blocks, in_blocks, linears_of
 
 __all__ = ["FORMATS", "GROUP", "gptq", "hqq", "round_to_nearest"]
 

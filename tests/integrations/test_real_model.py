@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import aqlm_tensor.integrations.hf  # noqa: F401 - registers
 from aqlm_tensor import AQLMTensor, SolverConfig, aqlm_2x8, calibrate
+from aqlm_tensor.blocks import sample_windows
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize
-from aqlm_tensor.sequential import sample_windows
 
 peft = pytest.importorskip("peft", reason="needs peft")
 

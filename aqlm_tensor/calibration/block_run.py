@@ -1,0 +1,320 @@
+"""BlockRun: what `calibrate` does with each block: calibrate, quantize, fine-tune, and hand the outputs on.
+
+A step is done for all batches before the next one begins, so only one block's X^T X and activations are alive. What is
+finished is written to the work folder at once.
+"""
+
+import contextlib
+import errno
+import functools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import FqnToConfig
+
+from aqlm_tensor.api import quantize_
+from aqlm_tensor.blocks import dense_weights, linears_of, reading_order
+from aqlm_tensor.calibration.activations import Activations, Place
+from aqlm_tensor.calibration.block_calls import Batch, BlockCalls, on_device
+from aqlm_tensor.calibration.experts import ExpertObserver, ExpertStack, one_by_one, quantize_expert
+from aqlm_tensor.calibration.finetune import FinetuneConfig, finetune_block
+from aqlm_tensor.calibration.report import BlockReport, CalibratedLayer, Phase, Progress, Stopwatch
+from aqlm_tensor.calibration.work_folder import WorkFolder, continuous
+from aqlm_tensor.handler import LayerReport
+from aqlm_tensor.linear import set_quantized
+from aqlm_tensor.quantizer.observers import detach_observers
+from aqlm_tensor.ranks import Ranks
+from aqlm_tensor.targets import Target
+from aqlm_tensor.tensor import AQLMTensor
+
+__all__ = ["BlockRun"]
+
+
+@dataclass
+class BlockRun:
+    """One call of `calibrate`; its arguments are that function's.
+
+    Attributes:
+        work: where finished layers are kept, if anywhere.
+        finished_layers: names of those that it held at the start.
+        finished_blocks: indices of those that it held at the start.
+        layers: reports so far.
+        tuned: reports so far.
+        now: phase and index of the block.
+    """
+
+    model: nn.Module
+    finetune: FinetuneConfig | None
+    true_sequential: bool
+    blocks: list[nn.Module]
+    targets: list[Target]
+    stacks: list[ExpertStack]
+    device: torch.device
+    place: Place
+    ranks: Ranks
+    watch: Stopwatch
+    on_progress: Callable[[Progress], None] | None
+    work: WorkFolder | None = None
+    finished_layers: set[str] = field(default_factory=set)
+    finished_blocks: set[int] = field(default_factory=set)
+    layers: list[LayerReport] = field(default_factory=list)
+    tuned: list[BlockReport] = field(default_factory=list)
+    now: tuple[Phase, int] = ("capture", 0)
+
+    def use(self, work: WorkFolder) -> None:
+        """Keep finished layers and blocks in a folder, and take those that it holds."""
+        self.work = work
+        self.finished_layers, self.finished_blocks = self.ranks.shared((work.layers(), work.blocks()), 0)
+
+    def capture(self, batches: Sequence[Batch]) -> None:
+        """Learn what the blocks are called with."""
+        with self._phase("capture", 0):
+            folder = None if self.work is None else self.work.path
+            self.calls = BlockCalls(
+                self.model, self.blocks, batches, device=self.device, place=self.place, folder=folder
+            )
+
+    def quantize(self, index: int, block: nn.Module) -> None:
+        """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
+        chosen = set(map(id, linears_of([block])))
+        targets = [target for target in self.targets if id(target.module) in chosen]
+        inside = set(map(id, block.modules()))
+        stacks = [stack for stack in self.stacks if id(stack.module) in inside]
+        finished = index in self.finished_blocks
+        with on_device(block, self.device):
+            if (targets or stacks) and not finished:
+                outputs = self._quantize_layers(index, block, targets, stacks)
+                if self.finetune is not None:
+                    with dense_weights(nn.ModuleList(stack.module for stack in stacks)):
+                        self._fine_tune(index, block, outputs)
+                if self.work is not None and self.ranks.rank == 0:
+                    self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
+            elif finished:
+                self._take_block(index, block, targets, stacks)
+            if index + 1 < len(self.blocks):
+                with dense_weights(block), self._phase("propagate", index):
+                    self.calls.inputs = self._outputs(index)
+
+    def _quantize_layers(
+        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
+    ) -> Activations | None:
+        """Quantize the layers of a block; the outputs that the dense block has for its inputs, to tune on."""
+        outputs = None
+        try:
+            for number, (group, watched) in enumerate(self._groups(index, block, targets, stacks)):
+                if group:
+                    quantize_(self.model, _at_step("prepare", group))
+                observer = ExpertObserver(watched)
+                with one_by_one(watched), dense_weights(block), self._phase("calibrate", index), observer:
+                    if number == 0 and self.finetune is not None:
+                        outputs = self._outputs(index)
+                    else:
+                        for _ in self._each_output(index):
+                            pass
+                with self._phase("quantize", index):
+                    self._convert(group)
+                    for stack in watched:
+                        self._convert_experts(stack, observer)
+        finally:
+            detach_observers(block.modules())
+        return outputs
+
+    def _convert(self, targets: list[Target]) -> None:
+        """Quantize prepared layers, this rank's share of them, but for those that the work folder holds."""
+        before = len(self.layers)
+        for target in targets:
+            if target.fqn in self.finished_layers:
+                self._take(target)
+                detach_observers([target.module])
+        left = [target for target in targets if not isinstance(target.module.weight, AQLMTensor)]
+        firsts = {id(target.module.weight): target for target in reversed(left)}  # of those that share a weight
+        weights = {target.fqn: target.module.weight for target in firsts.values()}
+        owners = dict(zip(firsts, self.ranks.owners([weight.numel() for weight in weights.values()]), strict=True))
+        mine = [target for target in left if owners[id(target.module.weight)] == self.ranks.rank]
+        solved = {target.fqn: owners[id(target.module.weight)] for target in firsts.values()}
+        if mine:
+            quantize_(self.model, _at_step("convert", mine), on_layer=functools.partial(self._layer_done, weights))
+        if self.ranks.size > 1:
+            for target in left:
+                if target.fqn in solved:
+                    self._exchange(target, solved[target.fqn])
+        order = {target.fqn: number for number, target in enumerate(targets)}
+        self.layers[before:] = sorted(self.layers[before:], key=lambda layer: order[layer.fqn])
+
+    def _exchange(self, target: Target, owner: int) -> None:
+        """Give a layer that this rank solved to the others, or get it."""
+        weight, given = target.module.weight, None
+        if owner == self.ranks.rank:
+            assert isinstance(weight, AQLMTensor)
+            report = next(layer for layer in self.layers if layer.fqn == target.fqn)
+            given = (report, [part.cpu() for part in weight.parts()])
+        report, parts = self.ranks.shared(given, owner)
+        if owner != self.ranks.rank:
+            self._put(target, report, _weight_of(parts, weight.device))
+
+    def _convert_experts(self, stack: ExpertStack, observer: ExpertObserver | None) -> None:
+        """Quantize each expert of a stack, but for those that the work folder holds; all, without an observer."""
+        weights: list[Tensor] = []
+        count, size = len(stack.weight), self.ranks.size
+        for start in range(0, count, size):
+            own = start + self.ranks.rank
+            given = None
+            if own < count and stack.expert(own) not in self.finished_layers:
+                assert observer is not None
+                given = self._solve_expert(stack, own, observer)
+            for expert in range(start, min(start + size, count)):
+                name = stack.expert(expert)
+                if name in self.finished_layers:
+                    assert self.work is not None
+                    report, weight = self.work.load_layer(name, stack.weight.device)
+                else:
+                    report, parts = self.ranks.shared(given if expert == own else None, expert - start)
+                    weight = _weight_of(parts, stack.weight.device)
+                weights.append(weight)
+                self.layers.append(report)
+                self._tell(report)
+        stacked = torch.stack(weights)
+        assert isinstance(stacked, AQLMTensor)
+        stack.replace(stacked)
+
+    def _solve_expert(
+        self, stack: ExpertStack, expert: int, observer: ExpertObserver
+    ) -> tuple[CalibratedLayer, list[Tensor]]:
+        weight, plain = quantize_expert(stack, expert, observer)
+        report = CalibratedLayer(**asdict(plain), weight_error=_weight_error(stack.weight[expert], weight))
+        if self.work is not None:
+            self.work.save_layer(report, weight)
+        return report, [part.cpu() for part in weight.parts()]
+
+    def _groups(
+        self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
+    ) -> list[tuple[list[Target], list[ExpertStack]]]:
+        """The layers and expert stacks of a block that are calibrated in one pass, for each pass."""
+        if not self.true_sequential or not targets:
+            return [(targets, stacks)]
+        first = functools.partial(self.calls.run, index, 0, self.calls.inputs[0])
+        by_layer = {id(target.module): target for target in targets}
+        groups = reading_order(block, [target.module for target in targets], first)
+        passes: list[tuple[list[Target], list[ExpertStack]]] = []
+        passes += [([by_layer[id(layer)] for layer in group], []) for group in groups]
+        return [*passes, ([], stacks)] if stacks else passes
+
+    def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
+        assert self.finetune is not None
+        assert outputs is not None
+        start = time.perf_counter()
+        call = functools.partial(self.calls.run, index)
+        with self._phase("fine-tune", index):
+            errors = finetune_block(
+                block, call, self.calls.inputs, outputs, self.finetune, seed=self.targets[0].config.seed
+            )
+        self.ranks.like_first(continuous(block).values())
+        report = BlockReport(index, *errors, time.perf_counter() - start)
+        self.tuned.append(self.ranks.shared(report, 0))
+
+    def _take(self, target: Target) -> None:
+        """Take a finished layer from the work folder."""
+        assert self.work is not None
+        self._put(target, *self.work.load_layer(target.fqn, target.module.weight.device))
+
+    def _put(self, target: Target, report: LayerReport, weight: AQLMTensor) -> None:
+        """Put a layer that was solved elsewhere in its place."""
+        dense = target.module.weight
+        set_quantized([layer for layer in linears_of([self.model]) if layer.weight is dense], weight)
+        self.layers.append(report)
+        self._tell(report)
+
+    def _take_block(self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]) -> None:
+        """Take a finished block from the work folder."""
+        assert self.work is not None
+        with self._phase("quantize", index):
+            for target in targets:
+                self._take(target)
+            for stack in stacks:
+                self._convert_experts(stack, None)
+            tuned = self.work.load_block(index, block)
+        self.tuned += [] if tuned is None else [BlockReport(**tuned)]
+
+    def _each_output(self, index: int) -> Iterator[Tensor]:
+        for batch, hidden in enumerate(self.calls.inputs):
+            yield self.calls.run(index, batch, hidden)
+
+    def _outputs(self, index: int) -> Activations:
+        outputs = self.calls.activations()
+        for output in self._each_output(index):
+            outputs.append(output)
+        return outputs
+
+    def _layer_done(self, dense: dict[str, Tensor], report: LayerReport) -> None:
+        weight = self.model.get_submodule(report.fqn).weight
+        assert isinstance(weight, AQLMTensor)
+        calibrated = CalibratedLayer(**asdict(report), weight_error=_weight_error(dense.pop(report.fqn), weight))
+        if self.work is not None:
+            self.work.save_layer(calibrated, weight)
+        self.layers.append(calibrated)
+        self._tell(calibrated)
+
+    @contextlib.contextmanager
+    def _phase(self, phase: Phase, index: int) -> Iterator[None]:
+        self.now = (phase, index)
+        self._tell()
+        with self.watch.phase(phase):
+            yield
+
+    def _tell(self, layer: LayerReport | None = None) -> None:
+        if self.on_progress is not None:
+            phase, index = self.now
+            total = len(self.targets) + sum(len(stack.weight) for stack in self.stacks)
+            self.on_progress(Progress(phase, index, len(self.blocks), len(self.layers), total, layer))
+
+    @contextlib.contextmanager
+    def remedies(self, work_dir: str | Path | None) -> Iterator[None]:
+        """Add to an error for want of memory or disk where it came, what is kept, and what to do."""
+        try:
+            yield
+        except (MemoryError, RuntimeError, OSError) as error:
+            remedy = _remedy(error, self.device)
+            if remedy is not None:
+                phase, index = self.now
+                kept = (
+                    f"{len(self.layers)} finished layers are kept in {work_dir}: go on from there with resume=True "
+                    "(--resume)"
+                    if self.work is not None
+                    else "nothing was kept: pass work_dir to keep finished layers"
+                )
+                error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}); {kept}. {remedy}")
+            raise
+
+
+def _weight_of(parts: list[Tensor], device: torch.device) -> AQLMTensor:
+    codes, codebooks, scales = (part.to(device) for part in parts)
+    return AQLMTensor(codes, codebooks, scales)
+
+
+def _remedy(error: Exception, device: torch.device) -> str | None:
+    """What helps against an error for want of memory or disk; None for other errors."""
+    if isinstance(error, OSError):
+        return "Make room on the disk first." if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        return None
+    moved = "" if device.type == "cpu" else ", a model in CPU memory with device=... (one block at a time on the GPU)"
+    return f'To need less memory: keep_inputs="cpu" or "disk" (--keep-inputs), smaller or fewer batches{moved}.'
+
+
+def _weight_error(dense: Tensor, weight: AQLMTensor) -> float:
+    """|W - What|^2 / |W|^2, some rows at a time."""
+    error = total = 0.0
+    for ours, theirs in zip(weight.dequantize().split(1024), dense.split(1024), strict=True):
+        error += float((ours.float() - theirs.float()).square().sum(dtype=torch.float64))
+        total += float(theirs.float().square().sum(dtype=torch.float64))
+    return error / total if total else error
+
+
+def _at_step(step: Literal["prepare", "convert"], targets: Sequence[Target]) -> FqnToConfig:
+    return FqnToConfig(OrderedDict((target.fqn, replace(target.config, step=step)) for target in targets))

@@ -1,0 +1,72 @@
+"""`aqlm-tensor estimate`: the memory and disk that quantizing a model will take, from its config alone."""
+
+from typing import Any
+
+import torch
+
+from aqlm_tensor import AQLMWeightConfig
+from aqlm_tensor.calibration.activations import PLACES, Place
+from aqlm_tensor.calibration.memory_model import MemoryEstimate, estimate_memory
+from aqlm_tensor.cli.arguments import parse_dtype
+from aqlm_tensor.cli.output import UsageError, emit, print_json, usage
+from aqlm_tensor.hf_model import ModelSource, find_model, quiet
+
+__all__ = ["run"]
+
+_BATCH_TOKENS = 2048  # that `quantize` joins windows to
+
+
+def run(
+    model_path: str,
+    scheme: str,
+    *,
+    gguf_file: str | None,
+    nsamples: int,
+    seqlen: int,
+    finetune: bool,
+    keep_inputs: Place,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Print what `quantize` with the same options will take; see `aqlm-tensor estimate --help`."""
+    if keep_inputs not in PLACES:
+        raise UsageError(f"--keep-inputs {keep_inputs!r} is unknown: choose one of {', '.join(PLACES)}")
+    with usage():
+        config = AQLMWeightConfig(scheme, on_incompatible="skip")
+        model = _shapes(find_model(model_path, gguf_file), parse_dtype(dtype))
+        estimate = estimate_memory(
+            model,
+            config,
+            tokens=nsamples * seqlen,
+            batch_tokens=seqlen if finetune else max(seqlen, _BATCH_TOKENS),
+            finetune=finetune,
+            keep_inputs=keep_inputs,
+        )
+    if as_json:
+        sizes = {"host": estimate.host, "work_dir": estimate.work_dir, "result": estimate.result}
+        print_json({"device": estimate.device, "device_peak": estimate.peak, **sizes})
+    else:
+        _print(estimate)
+
+
+def _shapes(source: ModelSource, dtype: Any) -> Any:
+    """The model without values."""
+    if source.kind == "aqlm":
+        raise ValueError(f"{source} is quantized already: pass the dense model")
+    with quiet(), torch.device("meta"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options: dict[str, Any] = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **options)
+        if dtype == "auto":
+            dtype = torch.float32 if source.kind == "gguf" else config.dtype or torch.float32
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _print(estimate: MemoryEstimate) -> None:
+    for phase, size in estimate.device.items():
+        emit(f"on the device, {phase + ':':<12} {size / 1e9:8.2f} GB")
+    emit(f"on the device, at most:     {estimate.peak / 1e9:8.2f} GB")
+    emit(f"model and inputs in CPU memory: {estimate.host / 1e9:4.2f} GB")
+    emit(f"work folder on disk:        {estimate.work_dir / 1e9:8.2f} GB")
+    emit(f"quantized model on disk:    {estimate.result / 1e9:8.2f} GB")

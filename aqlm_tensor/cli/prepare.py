@@ -1,0 +1,167 @@
+"""What `aqlm-tensor quantize` does before it quantizes: calibration data of any kind, and a scheme for each layer.
+
+Where the model writes its data or its layers' sensitivity is measured, that takes time and on a GPU need not come out
+the same twice. So the result is kept beside the work folder until the end, for --resume.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from aqlm_tensor.calibration.allocation import Allocation, Choice, LayerGroup
+from aqlm_tensor.calibration.self_generation import GeneratedData
+from aqlm_tensor.calibration.sensitivity import allocate
+from aqlm_tensor.calibration.sources import CalibrationData, Source, calibration_data
+from aqlm_tensor.checkpoint_io import flush
+from aqlm_tensor.cli.output import UsageError, bar, note, phase, usage
+from aqlm_tensor.config import AQLMWeightConfig
+
+__all__ = ["Kept", "Wanted", "prepare"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for.
+
+    Attributes:
+        data: as written on the command line.
+        nsamples: windows, at most.
+        seqlen: tokens a window.
+        seed: of all that is random.
+        bits: a weight on average; None for one scheme.
+        schemes: to choose from.
+    """
+
+    data: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    bits: float | None
+    schemes: tuple[str, ...]
+
+
+class Kept:
+    """The file beside a work folder that holds what was prepared."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work.with_name(work.name + ".prepared.safetensors")
+
+    def save(self, wanted: Wanted, data: CalibrationData, allocation: Allocation | None) -> None:
+        """Keep windows of tokens and the allocation; the file appears complete or not at all."""
+        found = {"data": data.provenance, "allocation": None if allocation is None else asdict(allocation)}
+        metadata = {"wanted": json.dumps(asdict(wanted)), "found": json.dumps(found)}
+        temporary = self.path.with_suffix(".partial")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save_file({str(number): batch.contiguous() for number, batch in enumerate(data.batches)}, temporary, metadata)
+        flush(temporary)
+        temporary.replace(self.path)
+
+    def load(self, wanted: Wanted) -> tuple[CalibrationData, Allocation | None] | None:
+        """What was kept, or None if there is nothing.
+
+        Raises:
+            UsageError: if something else was asked for then.
+        """
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, framework="pt") as opened:
+            metadata = opened.metadata()
+            if json.loads(metadata["wanted"]) != json.loads(json.dumps(asdict(wanted))):
+                raise UsageError(f"{self.path} was made with other options: repeat those, or delete it")
+            found = json.loads(metadata["found"])
+            batches = [opened.get_tensor(str(number)) for number in range(len(list(opened.keys())))]
+        return CalibrationData(batches, found["data"]), _allocation(found["allocation"])
+
+    def remove(self) -> None:
+        """Forget it."""
+        self.path.unlink(missing_ok=True)
+
+
+def _allocation(fields: dict[str, Any] | None) -> Allocation | None:
+    if fields is None:
+        return None
+    groups = tuple(
+        LayerGroup(tuple(group["fqns"]), group["weights"], tuple(Choice(**choice) for choice in group["choices"]))
+        for group in fields["groups"]
+    )
+    return Allocation(groups, tuple(Choice(**choice) for choice in fields["chosen"]), fields["budget"])
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    config: AQLMWeightConfig,
+    source: Source,
+    wanted: Wanted,
+    *,
+    device: str,
+    kept: Kept | None,
+    resume: bool,
+) -> tuple[CalibrationData, Allocation | None]:
+    """Calibration data and, if bits were asked for, the allocation; shown as they are made, or taken from before.
+
+    Args:
+        model: Transformers' model.
+        tokenizer: its tokenizer.
+        config: seed and codebook dtype.
+        source: where data come from.
+        wanted: the options.
+        device: where the whole model runs while it writes data or is differentiated.
+        kept: where to keep the result; None does not.
+        resume: take what was kept.
+    """
+    before = kept.load(wanted) if kept is not None and resume else None
+    if before is not None:
+        return before
+    data = _load(model, tokenizer, source, wanted, device)
+    allocation = None
+    if wanted.bits is not None:
+        allocation = _allocate(model, config, data, wanted, device)
+        note(str(allocation), style="")
+    if kept is not None and (allocation is not None or isinstance(source, GeneratedData)):
+        kept.save(wanted, data, allocation)
+    return data, allocation
+
+
+def _load(model: Any, tokenizer: Any, source: Source, wanted: Wanted, device: str) -> CalibrationData:
+    read = functools.partial(
+        calibration_data, source, model=model, nsamples=wanted.nsamples, seqlen=wanted.seqlen, seed=wanted.seed
+    )
+    if not isinstance(source, GeneratedData):
+        with usage(), phase("reading calibration data"):
+            return read(tokenizer=tokenizer)
+    with _moved(model, device), bar("writing calibration data", wanted.nsamples * wanted.seqlen, "tokens") as shown:
+        return read(on_token=lambda done, _total: shown.update(done))
+
+
+def _allocate(model: Any, config: AQLMWeightConfig, data: CalibrationData, wanted: Wanted, device: str) -> Allocation:
+    assert wanted.bits is not None
+    with usage(), _moved(model, device), bar("measuring sensitivity", 100, "%") as shown:
+        return allocate(
+            model,
+            config,
+            data.batches,
+            wanted.bits,
+            wanted.schemes,
+            on_progress=lambda done, total: shown.update(100 * done // total),
+        )
+
+
+@contextlib.contextmanager
+def _moved(model: Any, device: str) -> Iterator[None]:
+    """Inside the block of code the whole model is on a device; afterwards it is where it was."""
+    home = model.device
+    try:
+        if home != torch.device(device):
+            model.to(device)
+        yield
+    finally:
+        model.to(home)

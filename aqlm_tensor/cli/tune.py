@@ -1,0 +1,69 @@
+"""`aqlm-tensor quantize --tune pv`: tune the quantized model end to end, against the dense one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aqlm_tensor import PVConfig, tune_pv
+from aqlm_tensor.cli.arguments import open_model
+from aqlm_tensor.cli.output import UsageError, bar
+from aqlm_tensor.hf_model import ModelSource
+from aqlm_tensor.pv.report import PVReport, PVRound
+
+__all__ = ["TUNING_REPORT_NAME", "check_tune", "tune_with_bar", "write_tuning_report"]
+
+TUNING_REPORT_NAME = "tuning_report.json"
+
+
+def check_tune(tune: str | None, windows: int) -> None:
+    """Refuse an unknown way of tuning, or too little to tune on.
+
+    Raises:
+        UsageError: naming what is accepted.
+    """
+    if tune not in (None, "pv"):
+        raise UsageError(f"--tune {tune!r} is unknown: the only choice is pv")
+    if tune is not None and windows < 2:
+        raise UsageError(
+            "--tune needs at least 2 windows, one to validate on: pass more --nsamples, a longer text or a smaller "
+            "--seqlen"
+        )
+
+
+def tune_with_bar(
+    model: Any, source: ModelSource, windows: Sequence[Tensor], work: Path, *, dtype: str, device: str, resume: bool
+) -> PVReport:
+    """`tune_pv` on the windows that the model was calibrated on, with a progress bar.
+
+    Args:
+        model: quantized, on any device; it is on the CPU afterwards.
+        source: where the dense model, the teacher, is loaded from again.
+        windows: token ids, [1, seqlen] each.
+        work: the work folder; the state is kept in a folder inside.
+        dtype: the dense model's, as given.
+        device: where to compute.
+        resume: go on with what `work` holds.
+    """
+    config = PVConfig()
+    teacher, _ = open_model(source, None, dtype, device)
+    folder = work / "tuning"
+    with bar("tuning", config.steps(len(windows)), "steps") as shown:
+
+        def show(done: PVRound) -> None:
+            shown.update(done.step, f"held-out loss {done.validation:.4f}")
+
+        try:
+            return tune_pv(
+                model.to(device), teacher, windows, config=config, work_dir=folder, resume=resume, on_round=show
+            )
+        finally:
+            model.cpu()
+
+
+def write_tuning_report(report: PVReport, out: Path) -> None:
+    """Keep a report beside the model."""
+    (out / TUNING_REPORT_NAME).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

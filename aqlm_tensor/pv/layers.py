@@ -1,0 +1,184 @@
+"""The quantized layers of a model while `tune_pv` trains it.
+
+For its products each layer decodes its weight anew, so that autograd gives the gradient of the dense weight, in float32
+sums, and from it those of codebooks and scales. No dense copy of a weight outlives a step.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aqlm_tensor.codes import codes_to_indices
+from aqlm_tensor.fusion import FusedLinear
+from aqlm_tensor.kernels import ops
+from aqlm_tensor.kernels.reference import partitioned
+from aqlm_tensor.pv.codes import LossModel, Parts
+from aqlm_tensor.quantizer.parallel import one_thread_per_operation
+from aqlm_tensor.quantizer.sums import code_sums
+from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.training import trainable_in_float32
+
+__all__ = ["TunedWeight", "check_layers", "in_turns", "tuned_weights"]
+
+
+class _Decode(torch.autograd.Function):
+    """The dense weight [O, I]; its backward pass sorts by code where the op's own, exact one adds in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, codebooks, scales)
+        return ops.dequantize(codes, codebooks, scales)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        codes, codebooks, scales = ctx.saved_tensors
+        height, group = codebooks.shape[-2:]
+        rows = gradients[0].reshape(len(codes), -1)
+        unscaled = ops.dequantize(codes, codebooks, torch.ones_like(scales)).view_as(rows)
+        tiles = (rows * scales.view(-1, 1)).view(len(codes), height, -1, group).transpose(1, 2)
+        books = partitioned(codebooks)
+        partitions, _, size = books.shape[:3]
+        indices = codes_to_indices(codes, (size - 1).bit_length()).view(partitions, -1, *codes.shape[1:])
+        indices += size * torch.arange(partitions, device=codes.device).view(-1, 1, 1, 1)
+        with one_thread_per_operation():
+            sums = code_sums(indices.flatten(0, 1), partitions * size)(tiles.reshape(-1, height * group))
+        return None, _by_partition(sums, partitions).view_as(codebooks), (rows * unscaled).sum(1).view_as(scales)
+
+
+def _by_partition(sums: Tensor, partitions: int) -> Tensor:
+    """[K, P * S, E] as [P, K, S, E]."""
+    return sums.unflatten(1, (partitions, -1)).transpose(0, 1).contiguous()
+
+
+def _decoded(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    return cast("Tensor", _Decode.apply(codes, codebooks, scales))
+
+
+@dataclass(eq=False)
+class TunedWeight:
+    """One AQLM weight in training, which several layers may share.
+
+    Attributes:
+        fqn: name of the first layer that has it.
+        codes: stored codes [O/H, I/G, K]; replaced in place.
+        codebooks: float32 parameter [K, 2^N, H, G] or [P, K, 2^N, H, G].
+        scales: float32 parameter [O/H, 1, 1, 1].
+        model: of the loss, learns from every pass if the weight's codes are chosen next.
+    """
+
+    fqn: str
+    codes: Tensor
+    codebooks: nn.Parameter
+    scales: nn.Parameter
+    model: LossModel | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of weights, each with K codes."""
+        return self.codes[..., 0].numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the dense weight."""
+        return ops.weight_shape(self.codes, self.codebooks)
+
+    def watch(self) -> None:
+        """From now on learn from every pass."""
+        self.model = LossModel(*self.shape, self.codes.device)
+
+    def watched(self) -> tuple[Parts, LossModel]:
+        """What `choose_codes` takes; nothing is learned any more."""
+        assert self.model is not None
+        model, self.model = self.model, None
+        return Parts(self.codes, self.codebooks.detach(), self.scales.detach()), model
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I] times the transposed weight plus bias, in autocast's dtype if it is on."""
+        weight = _decoded(self.codes, self.codebooks, self.scales)
+        y = F.linear(x, weight, bias)
+        if self.model is not None and weight.requires_grad:
+            self.model.watch(x, weight, y)
+        return y
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raise unless every AQLM weight of a model can be tuned.
+
+    Raises:
+        ValueError: naming what stands in the way and the remedy.
+    """
+    found = False
+    for fqn, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter).__name__ == "DTensor":
+                raise ValueError(
+                    f"{fqn}.{name} is distributed (FSDP2 or tensor parallel): tune_pv works on whole weights; tune "
+                    "before sharding"
+                )
+            if parameter.is_meta:
+                raise ValueError(f"{fqn}.{name} is on the meta device (offloaded?): load the model before tuning it")
+            if not isinstance(parameter, AQLMTensor):
+                continue
+            found = True
+            if isinstance(module, FusedLinear):
+                raise ValueError(f"{fqn} runs together with other layers (fuse_): call unfuse_(model) before tuning it")
+            if type(module) is not nn.Linear or parameter.dim() != 2:
+                raise ValueError(
+                    f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: only nn.Linear can be tuned"
+                )
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"{fqn} has a forward of its own (hooks of accelerate?): remove them with "
+                    "accelerate.hooks.remove_hook_from_module(model, recurse=True) and put the model on one device"
+                )
+    if not found:
+        raise ValueError("the model has no AQLM layer to tune: calibrate, quantize_ or load it first")
+
+
+@contextlib.contextmanager
+def tuned_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[int, torch.dtype]]]:
+    """Inside the block of code, layers multiply with weights that can be tuned, and everything is float32.
+
+    Yields each distinct AQLM weight once, and the dtype that each parameter had, by its id. Nothing requires gradients
+    but what the caller marks. Afterwards layers hold their AQLMTensors again, with dtypes and requires_grad as before.
+    """
+    with trainable_in_float32(model) as dtypes:
+        weights: dict[int, TunedWeight] = {}
+        layers: list[nn.Module] = []
+        try:
+            for fqn, layer in model.named_modules():
+                codebooks = layer._parameters.get("codebooks")
+                if not isinstance(layer, nn.Linear) or codebooks is None:
+                    continue
+                tuned = TunedWeight(fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"))
+                tuned = weights.setdefault(id(codebooks), tuned)
+                layer.forward = functools.partial(_forward, layer, tuned)
+                layers.append(layer)
+            yield list(weights.values()), dtypes
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+def _forward(layer: nn.Linear, weight: TunedWeight, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
+    return weight.product(input, layer.bias)
+
+
+def in_turns(weights: Sequence[TunedWeight], memory: int | None) -> list[list[TunedWeight]]:
+    """Weights in turns whose models of the loss take at most so many bytes together; a larger one has its own turn."""
+    turns: list[list[TunedWeight]] = [[]]
+    taken = 0
+    for weight in weights:
+        needed = LossModel.bytes_for(*weight.shape)
+        if memory is not None and turns[-1] and taken + needed > memory:
+            turns.append([])
+            taken = 0
+        turns[-1].append(weight)
+        taken += needed
+    return turns
