@@ -91,7 +91,8 @@ def write_dataset(folder: Path) -> list[str]:
 
 
 def test_data_sets_in_local_folders(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = write_dataset(tmp_path)
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "stored")
