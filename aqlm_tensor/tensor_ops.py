@@ -36,6 +36,8 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] times w [O, I] transposed, plus bias [O]; the op checks that they fit."""
     # the parts and not w: on a subclass every attribute, such as a shape, is a trip through __torch_function__
     codes, codebooks, scales = w.codes, w.codebooks, w.scales
+    if w.orientation == "matrix" and codes.dim() == 3 and _directly(x, codes, codebooks, scales, bias):
+        return ops.IMPLEMENTATIONS[ops.linear](x, codes, codebooks, scales, bias)
     if codes.dim() != 3 or w.orientation in ("row", "flat"):
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
     if isinstance(x, AQLMTensor):
@@ -57,6 +59,8 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_of_parts(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear with the weight that the three tensors stand for; see `aqlm_tensor.kernels.ops` for shapes."""
+    if _directly(x, codes, codebooks, scales, bias):
+        return ops.IMPLEMENTATIONS[ops.linear](x, codes, codebooks, scales, bias)
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     return _call(ops.linear, x, codes, codebooks, scales, bias)
 
@@ -71,29 +75,47 @@ def _autocast(
     return x.to(dtype), codebooks.to(dtype), scales.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
-    """Call an op, by the shortest way that nothing can tell from the others.
+def _directly(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing could tell a call of the op `linear` from one of its implementation.
 
-    A small product takes as long as the op's autograd layer (18 us), which is left out if no gradient can flow, or the
-    dispatcher (10 us), which is left out if no mode, transform, tracer, profiler or other subclass looks on.
+    A small product takes as long as the op's autograd layer (18 us) or the dispatcher (10 us). They are left out if no
+    gradient can flow and no autocast, forward-mode AD, mode, transform, tracer, profiler or other subclass looks on.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
-    ):
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or _observed()
+        or x.is_meta
+        or type(x) not in _PLAIN
+        or type(codes) not in _PLAIN
+        or type(codebooks) not in _PLAIN
+        or type(scales) not in _PLAIN
+        or type(bias) not in _PLAIN
+        or (torch.is_grad_enabled() and _any_requires_grad(x, codebooks, scales, bias))
+    )
+
+
+def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
+    """Call an op, without its autograd layer and without the dispatcher where those can be left out."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*operands)):
         return op(*operands)
-    if _observed(operands):
+    if _observed() or any(type(x) not in _PLAIN or (x is not None and x.is_meta) for x in operands):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*operands)
     return ops.IMPLEMENTATIONS[op](*operands)
 
 
-def _observed(operands: tuple[Tensor | None, ...]) -> bool:
+def _any_requires_grad(*operands: Tensor | None) -> bool:
+    return any(operand is not None and operand.requires_grad for operand in operands)
+
+
+def _observed() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or _profiler_enabled()
         or torch._C._is_tracing()
-        or any(type(operand) not in _PLAIN or (operand is not None and operand.is_meta) for operand in operands)
     )
 
 

@@ -9,6 +9,7 @@ respect to the input take the same road at every size. For schemes of up to eigh
 
 import functools
 import importlib.util
+import math
 import struct
 from dataclasses import dataclass
 
@@ -108,36 +109,49 @@ def plan(num_books: int, size: int, group: int, dtype: torch.dtype, limit: int) 
     return Plan(defines, shared_bytes, resident, 32 * unroll)
 
 
-@functools.cache
-def _kernel(plan: Plan, aligned: bool, index: int) -> cuda_runtime.Kernel:
-    defines = (*plan.defines, ("ALIGNED", int(aligned)))
-    return cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, index, plan.shared_bytes)
+@dataclass(frozen=True)
+class _Launch:
+    """Everything about a launch but the addresses: kernel, blocks, dynamic shared memory, parameters after them."""
+
+    kernel: cuda_runtime.Kernel
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    sizes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    codes: torch.Size, code_stride: int, aligned: bool, codebooks: torch.Size, dtype: torch.dtype, index: int
+) -> _Launch:
+    """The launch for codes [O, I / G, K] with rows so far apart and codebooks [P, K, 2^N, 1, G]."""
+    partitions, books, size, _, group = codebooks
+    processors, limit = cuda_runtime.device_limits(index)
+    chosen = plan(books, size, group, dtype, limit)
+    defines = (*chosen.defines, ("ALIGNED", int(aligned)))
+    rows, groups = codes[0] // partitions, codes[1]
+    turns = rows * math.ceil(groups * group * dtype.itemsize / (16 * chosen.pieces_per_turn))
+    blocks = min(math.ceil(turns / _WARPS), max(1, chosen.resident * processors // partitions))
+    return _Launch(
+        cuda_runtime.load_kernel(_SOURCE, "dequantize", defines, index, chosen.shared_bytes),
+        (blocks, partitions, 1),
+        chosen.shared_bytes,
+        (code_stride, rows, groups),
+    )
 
 
 def _decode_into(out: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
     """Write the weight of codes [O, I / G, K] with codebooks [P, K, 2^N, 1, G] into the contiguous `out` [O, I]."""
-    partitions, books, size, _, group = codebooks.shape
-    if codes.stride(2) != 1 or codes.stride(1) != books:
+    if not codes.is_contiguous() and (codes.stride(2) != 1 or codes.stride(1) != codes.shape[2]):
         codes = codes.contiguous()
-    if not codebooks.is_contiguous() or codebooks.data_ptr() % 16:
+    if not codebooks.is_contiguous() or codebooks.data_ptr() & 15:
         codebooks = codebooks.clone(memory_format=torch.contiguous_format)
-    scales = scales.contiguous()
-    rows, groups = codes.shape[0] // partitions, codes.shape[1]
-    code_bytes = books * codes.element_size()
-    index = out.device.index
-    with cuda_runtime.on_device(out.device):
-        processors, limit = cuda_runtime.device_limits(index)
-        chosen = plan(books, size, group, out.dtype, limit)
-        kernel = _kernel(chosen, (codes.data_ptr() | codes.stride(0) * codes.element_size()) % code_bytes == 0, index)
-        turns = rows * -(-groups * group * out.element_size() // (16 * chosen.pieces_per_turn))
-        blocks = min(-(-turns // _WARPS), max(1, chosen.resident * processors // partitions))
-        values = (
-            codes.data_ptr(),
-            codebooks.data_ptr(),
-            scales.data_ptr(),
-            out.data_ptr(),
-            codes.stride(0),
-            rows,
-            groups,
-        )
-        kernel.launch((blocks, partitions, 1), _WARPS * 32, chosen.shared_bytes, _PARAMS.pack(*values))
+    if not scales.is_contiguous():
+        scales = scales.contiguous()
+    address, stride, device = codes.data_ptr(), codes.stride(0), out.device
+    code_bytes = codes.shape[2] * codes.element_size()
+    aligned = (address | stride * codes.element_size()) % code_bytes == 0
+    with cuda_runtime.on_device(device):
+        launch = _launch(codes.shape, stride, aligned, codebooks.shape, out.dtype, device.index)
+        addresses = (address, codebooks.data_ptr(), scales.data_ptr(), out.data_ptr())
+        params = _PARAMS.pack(*addresses, *launch.sizes)
+        launch.kernel.launch(launch.grid, _WARPS * 32, launch.shared_bytes, params)

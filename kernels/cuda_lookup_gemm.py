@@ -15,7 +15,6 @@ from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
 from aqlm_tensor.kernels.cuda_linear_launch import Shape, finish
-from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = ["Plan", "choose_plan", "linear", "plan_defines", "supports"]
@@ -91,15 +90,48 @@ def plan_defines(shape: Shape, plan: Plan, dtype: torch.dtype) -> tuple[tuple[st
     )
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """Everything about the launches for a shape but the addresses.
+
+    Attributes:
+        arrange: the kernel that copies x in the order in which it is consumed.
+        arrange_grid: its blocks.
+        arrange_sizes: its parameters after the addresses and x's stride.
+        arranged: elements of the copy.
+        multiply: the kernel that multiplies.
+        plan: how it is launched.
+        sizes: its parameters after the addresses and the codes' stride.
+    """
+
+    arrange: cuda_runtime.Kernel
+    arrange_grid: tuple[int, int, int]
+    arrange_sizes: tuple[int, ...]
+    arranged: int
+    multiply: cuda_runtime.Kernel
+    plan: Plan
+    sizes: tuple[int, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def _kernels(
-    shape: Shape, plan: Plan, dtype: torch.dtype, index: int
-) -> tuple[cuda_runtime.Kernel, cuda_runtime.Kernel]:
-    """The kernels that arrange x and that multiply."""
+def _launch(tokens: int, codes: torch.Size, codebooks: torch.Size, dtype: torch.dtype, index: int) -> _Launch:
+    """The launches for x of so many rows; looked up at every call, since planning takes longer than small products."""
+    partitions, books, size = (1, *codebooks)[-5:-2]
+    rows, groups = codes[0] // partitions, codes[1]
+    shape = Shape(books, size.bit_length() - 1, tokens, rows, groups, partitions)
+    plan = choose_plan(shape, cuda_runtime.device_limits(index)[0])
     defines = plan_defines(shape, plan, dtype)
-    return (
+    superblocks = math.ceil(groups * books / (4 * _LANE_BYTES))
+    at_once, tiles = 8 * plan.token_tiles, math.ceil(tokens / (8 * plan.token_tiles))
+    blocks = math.ceil(at_once * superblocks * _LANE_BYTES // (books * _STEPS) / _ARRANGE_THREADS)
+    return _Launch(
         cuda_runtime.load_kernel(_SOURCE, "arrange_x", defines, index),
+        (blocks, tiles, 1),
+        (tokens, groups, superblocks),
+        tiles * superblocks * 4 * _LANE_BYTES // books * at_once * 8,
         cuda_runtime.load_kernel(_SOURCE, "lookup_gemm", defines, index, plan.shared_bytes),
+        plan,
+        (tokens, rows, groups, *divmod(superblocks, plan.grid[1])),
     )
 
 
@@ -116,27 +148,25 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Returns:
         [tokens, out_features], dtype of x.
     """
-    out = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
+    tokens, out_features = x.shape[0], codes.shape[0]
+    out = x.new_empty(tokens, out_features)
     if not out.numel() or not codes.numel():
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
-    if (codes.data_ptr() | codes.stride(0)) % _LANE_BYTES:
+    code_stride = codes.stride(0)
+    if (codes.data_ptr() | code_stride) % _LANE_BYTES:
         codes = codes.clone(memory_format=torch.contiguous_format)
-    partitions, books, size = partitioned(codebooks).shape[:3]
-    rows, groups = codes.shape[0] // partitions, codes.shape[1]
-    shape = Shape(books, size.bit_length() - 1, x.shape[0], rows, groups, partitions)
-    with cuda_runtime.on_device(x.device):
-        plan = choose_plan(shape, cuda_runtime.device_limits(x.device.index)[0])
-        arrange, multiply = _kernels(shape, plan, x.dtype, x.device.index)
-        superblocks = math.ceil(groups * books / (4 * _LANE_BYTES))
-        tokens, tiles = 8 * plan.token_tiles, math.ceil(shape.tokens / (8 * plan.token_tiles))
-        arranged = torch.empty(tiles, superblocks * 4 * _LANE_BYTES // books, tokens, 8, dtype=x.dtype, device=x.device)
-        splits = plan.grid[1]
-        partial = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device) if splits > 1 else None
-        blocks = math.ceil(tokens * superblocks * _LANE_BYTES // (books * _STEPS) / _ARRANGE_THREADS)
-        values = (x.data_ptr(), arranged.data_ptr(), x.stride(0), shape.tokens, groups, superblocks)
-        arrange.launch((blocks, tiles, 1), _ARRANGE_THREADS, 0, _ARRANGE_PARAMS.pack(*values))
-        values = (
+        code_stride = codes.stride(0)
+    device = x.device
+    with cuda_runtime.on_device(device):
+        launch = _launch(tokens, codes.shape, codebooks.shape, x.dtype, device.index)
+        plan, splits = launch.plan, launch.plan.grid[1]
+        arranged = x.new_empty(launch.arranged)
+        partial = x.new_empty(splits, tokens, out_features, dtype=torch.float32) if splits > 1 else None
+        addresses = (x.data_ptr(), arranged.data_ptr())
+        params = _ARRANGE_PARAMS.pack(*addresses, x.stride(0), *launch.arrange_sizes)
+        launch.arrange.launch(launch.arrange_grid, _ARRANGE_THREADS, 0, params)
+        addresses = (
             arranged.data_ptr(),
             codes.data_ptr(),
             codebooks.data_ptr(),
@@ -144,13 +174,9 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             0 if partial is None else partial.data_ptr(),
-            codes.stride(0),
-            shape.tokens,
-            rows,
-            groups,
-            *divmod(superblocks, splits),
         )
-        multiply.launch(plan.grid, _THREADS, plan.shared_bytes, _PARAMS.pack(*values), overlap=True)
+        params = _PARAMS.pack(*addresses, code_stride, *launch.sizes)
+        launch.multiply.launch(plan.grid, _THREADS, plan.shared_bytes, params, overlap=True)
         if partial is not None:
             finish(partial, scales, bias, out)
     return out

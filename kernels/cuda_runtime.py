@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _why_unavailable() -> str | None:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """`torch.cuda.device(device)`, without its cost where that is the current device already."""
-    if torch.cuda.current_device() == device.index:
+    if torch._C._cuda_getDevice() == device.index:  # CUDA is initialised: there is a tensor on the device
         return _NOTHING
     return torch.cuda.device(device)
 
@@ -126,6 +127,15 @@ def prepared(
     Rows of x start at multiples of 16 bytes, rows of codes are contiguous but may be farther apart, the rest is
     contiguous and the codebooks are aligned to 16 bytes. Weights usually are all that; a slice may have to be copied.
     """
+    if (
+        not (x.data_ptr() | codebooks.data_ptr() | x.stride(0) * x.element_size()) & 15
+        and codes.is_contiguous()
+        and codebooks.is_contiguous()
+        and scales.is_contiguous()
+        and x.stride(1) == 1
+        and (bias is None or bias.is_contiguous())
+    ):
+        return x, codes, codebooks, scales, bias
     if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     if codes.stride(2) != 1 or codes.stride(1) != codes.shape[2]:
@@ -187,28 +197,26 @@ def cubin(source: str, defines: tuple[tuple[str, int], ...], arch: str) -> bytes
     return code
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of the driver API: an id and a union of 64 bytes, here always an int."""
+# A launch's arguments lie in one buffer, filled by one `pack_into`: ctypes structures would take twice as long as the
+# launch. CUlaunchConfig (grid, block, dynamic shared memory, stream, attributes and their number), then the array of
+# pointers to parameters with its one element, then the parameter. No launch waits for another's buffer: each takes one
+# from the free list, whose `pop` and `append` are atomic, and gives it back.
+_CONFIG = struct.Struct("=7I4xQQI4xQ")
+_CONFIG_POINTERS = 56  # where the array of pointers starts
+_MAX_PARAM_BYTES = 4096
+_free_buffers: list[tuple[bytearray, Any, int]] = []
 
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
-
-
-class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of the driver API."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    )
-
-
+# CUlaunchAttribute: an id and a union of 64 bytes, here an int
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
-_OVERLAP = (_Attribute * 1)(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1))
-_NO_ATTRIBUTES = ctypes.POINTER(_Attribute)()
+_OVERLAP = ctypes.create_string_buffer(struct.pack("=iii60x", _PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1), 72)
+_OVERLAP_ADDRESS = ctypes.addressof(_OVERLAP)
+
+
+def _new_buffer() -> tuple[bytearray, Any, int]:
+    """A buffer, what keeps it at its place, and its address."""
+    buffer = bytearray(_CONFIG.size + _MAX_PARAM_BYTES)
+    pinned = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    return buffer, pinned, ctypes.addressof(pinned)
 
 
 @functools.cache
@@ -259,17 +267,17 @@ class Kernel:
         Raises:
             RuntimeError: if the driver refuses the launch.
         """
-        pointers = (ctypes.c_char_p * 1)(params)
-        overlap = overlap and self.can_overlap
-        config = _LaunchConfig(
-            grid,
-            (threads, 1, 1),
-            shared_bytes,
-            torch._C._cuda_getCurrentRawStream(self.index),
-            _OVERLAP if overlap else _NO_ATTRIBUTES,
-            int(overlap),
+        attributes = _OVERLAP_ADDRESS if overlap and self.can_overlap else 0
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        taken = _free_buffers.pop() if _free_buffers else _new_buffer()
+        buffer, _, address = taken
+        _CONFIG.pack_into(
+            *(buffer, 0, *grid, threads, 1, 1, shared_bytes, stream, attributes, 1 if attributes else 0),
+            address + _CONFIG.size,
         )
-        status = _launcher()(ctypes.addressof(config), self.function, ctypes.addressof(pointers), None)
+        buffer[_CONFIG.size : _CONFIG.size + len(params)] = params
+        status = _launcher()(address, self.function, address + _CONFIG_POINTERS, None)
+        _free_buffers.append(taken)
         if status:
             raise RuntimeError(
                 f"launching the CUDA kernel {self.name} failed with error {status} of the CUDA driver (grid {grid}, "

@@ -11,7 +11,6 @@ shape-only fakes and gradients to x, codebooks, scales and bias. All take plain 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -49,19 +48,43 @@ def weight_shape(codes: Tensor, codebooks: Tensor) -> tuple[int, int]:
     return codes.shape[-3] * codebooks.shape[-2], codes.shape[-2] * codebooks.shape[-1]
 
 
-def _kernel(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Callable[..., Tensor]:
-    problem = _problem(op, rows, codes.shape, codebooks.shape, codebooks.dtype, codebooks.device)
-    return implementation(problem)
+_MOST_PROBLEMS = 4096
+_problems: dict[tuple[Any, ...], Problem] = {}
 
 
-@functools.lru_cache(maxsize=4096)
 def _problem(
-    op: Op, rows: int, codes: torch.Size, codebooks: torch.Size, dtype: torch.dtype, device: torch.device
+    op: Op, dense: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None
 ) -> Problem:
-    """The problem for codes and codebooks of such shapes; the same object every time, since making one takes 3 us."""
-    partitions, num_codebooks, size, out_group, group = (1, *codebooks)[-5:]
-    scheme = _scheme(num_codebooks, size, out_group, group)
-    return Problem(op, scheme, rows, codes[-2] * group, codes[-3] * out_group, partitions, dtype, device)
+    """The problem that operands pose, after `_check`; found again by their shapes, since both take as long as a launch.
+
+    Args:
+        op: "linear" or "linear_input_grad".
+        dense: x or the gradient, [..., in_features] or [..., out_features].
+        codes: as above.
+        codebooks: as above.
+        scales: as above.
+        bias: as above.
+    """
+    key = (
+        *(op, dense.shape, dense.dtype, dense.device, codes.shape, codebooks.shape, codebooks.dtype, codebooks.device),
+        *(scales.shape, scales.dtype, scales.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
+    problem = _problems.get(key)
+    if problem is None:
+        _check(dense, weight_shape(codes, codebooks)[op == "linear"], codes, codebooks, scales, bias)
+        problem = _new_problem(op, dense.shape[:-1].numel(), codes, codebooks)
+        if len(_problems) >= _MOST_PROBLEMS:
+            _problems.clear()
+        _problems[key] = problem
+    return problem
+
+
+def _new_problem(op: Op, rows: int, codes: Tensor, codebooks: Tensor) -> Problem:
+    out_features, in_features = weight_shape(codes, codebooks)
+    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
+    scheme = scheme_of(codebooks)
+    return Problem(op, scheme, rows, in_features, out_features, partitions, codebooks.dtype, codebooks.device)
 
 
 def _check(
@@ -102,16 +125,13 @@ def _like(flat: Tensor, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight_shape(codes, codebooks)[1], codes, codebooks, scales, bias)
-    flat = _flat(x)
-    return _like(_kernel("linear", flat.shape[0], codes, codebooks)(flat, codes, codebooks, scales, bias), x)
+    problem = _problem("linear", x, codes, codebooks, scales, bias)
+    return _like(implementation(problem)(_flat(x), codes, codebooks, scales, bias), x)
 
 
 def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    _check(grad, weight_shape(codes, codebooks)[0], codes, codebooks, scales)
-    flat = _flat(grad)
-    kernel = _kernel("linear_input_grad", flat.shape[0], codes, codebooks)
-    return _like(kernel(flat, codes, codebooks, scales), grad)
+    problem = _problem("linear_input_grad", grad, codes, codebooks, scales)
+    return _like(implementation(problem)(_flat(grad), codes, codebooks, scales), grad)
 
 
 def _linear_param_grad(
@@ -121,7 +141,7 @@ def _linear_param_grad(
 
 
 def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    return _kernel("dequantize", 0, codes, codebooks)(codes, codebooks, scales)
+    return implementation(_new_problem("dequantize", 0, codes, codebooks))(codes, codebooks, scales)
 
 
 _SIGNATURES = {

@@ -5,8 +5,8 @@ plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), `invalida
 `slower_than_next(problem)` if a later row is known to be the better choice for some problems. The first kernel in
 `KERNELS` that both questions pass runs, unless a table of measured crossovers (`aqlm_tensor.kernels.crossovers`) names
 another for the device. The choice depends only on the `Problem` and that table, never on timing at run time, so the
-same call gives the same bits in every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL names one
-kernel instead; if it cannot run the problem, that is an error with its reason.
+same call gives the same bits in every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL (read
+at the first choice) names one kernel instead; if it cannot run the problem, that is an error with its reason.
 """
 
 import contextlib
@@ -171,11 +171,17 @@ def implementation(problem: Problem) -> Callable[..., torch.Tensor]:
     Raises:
         ValueError: if a kernel is forced that does not exist or cannot run the problem.
     """
-    kernel = _choose(problem, _forced.get() or os.environ.get(ENV_VARIABLE) or None)
+    kernel = _choose(problem, _forced.get() or _environment())
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append((problem.op, kernel.name))
     return kernel.function(problem.op)
+
+
+@functools.cache
+def _environment() -> str | None:
+    """Read once: looking into os.environ takes longer than all the rest of a choice."""
+    return os.environ.get(ENV_VARIABLE) or None
 
 
 @contextlib.contextmanager
@@ -236,8 +242,9 @@ def invalidate(codes: torch.Tensor) -> None:
 
 
 def refresh() -> None:
-    """Choose anew from now on, after new crossovers were stored."""
+    """Choose anew from now on, after new crossovers were stored or the environment variable was changed."""
     crossovers.forget()
+    _environment.cache_clear()
     _choose.cache_clear()
 
 

@@ -41,17 +41,27 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Kernel, ...]]:
     )
     monkeypatch.setattr(registry, "KERNELS", kernels)
     monkeypatch.delenv(registry.ENV_VARIABLE, raising=False)
-    registry._choose.cache_clear()
+    registry.refresh()
     registry._warned.clear()
     yield kernels
-    registry._choose.cache_clear()
     registry._warned.clear()
+
+
+@pytest.fixture(autouse=True)
+def _choose_anew_afterwards() -> Iterator[None]:
+    yield
+    registry.refresh()
 
 
 def _ran(x: torch.Tensor | None = None) -> list[tuple[str, str]]:
     with registry.record() as ran:
         ops.linear(torch.ones(1, 64) if x is None else x, *PARTS, None)
     return [(op, name) for op, name in ran]
+
+
+def _set_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(registry.ENV_VARIABLE, name)
+    registry.refresh()
 
 
 @pytest.mark.usefixtures("table")
@@ -99,13 +109,13 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(name: str, reason: str) -> 
 
 @pytest.mark.usefixtures("table")
 def test_the_environment_forces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(registry.ENV_VARIABLE, "torch")
+    _set_environment(monkeypatch, "torch")
     assert _ran() == [("linear", "torch")]
     with registry.force_kernel("good"):
         assert _ran() == [("linear", "good")], "the narrower wish wins"
-    monkeypatch.setenv(registry.ENV_VARIABLE, "")
+    _set_environment(monkeypatch, "")
     assert _ran() == [("linear", "good")]
-    monkeypatch.setenv(registry.ENV_VARIABLE, "picky")
+    _set_environment(monkeypatch, "picky")
     with pytest.raises(ValueError, match="needs rows in multiples of 8"):
         _ran()
 
@@ -117,7 +127,7 @@ def test_unknown_names_list_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.force_kernel("trition"),
     ):
         pass
-    monkeypatch.setenv(registry.ENV_VARIABLE, "trition")
+    _set_environment(monkeypatch, "trition")
     with pytest.raises(ValueError, match="no kernel is named 'trition'"):
         ops.dequantize(*PARTS)
 
