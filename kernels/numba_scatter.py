@@ -31,6 +31,8 @@ from aqlm_tensor.kernels.numba_parallel import (
     source_digest,
     threads_for,
 )
+from aqlm_tensor.kernels.numba_sums import FLOAT
+from aqlm_tensor.kernels.numba_tables import ENTRIES
 from aqlm_tensor.kernels.numba_vectors import (
     add,
     address_of,
@@ -54,10 +56,8 @@ from aqlm_tensor.kernels.numba_vectors import (
 __all__ = ["LANES", "scatter_input_grad"]
 
 LANES = (1, 4, 8, 16)  # rows of the gradient that one pass over the codes can serve; each is a compiled variant
-_ENTRIES = 256  # bins of a column
 _CHUNK = 8 * BLOCK_ROWS  # rows after which bins are emptied
 _AHEAD = 2 * BLOCK_COLUMNS * BLOCK_ROWS  # bytes from the codes in use to those asked of memory, of the same column
-_FLOAT = 4  # bytes
 
 _GRADS, _BOOKS, _CODES, _OUT, _SCRATCH = range(3, 8)
 _ROWS, _COLUMNS, _CODEBOOKS, _SIZE, _GROUP, _OUT_GROUP, _PARTITIONS, _BLOCKS, _ITEM_COLUMNS = range(8, 17)
@@ -84,7 +84,7 @@ def scatter_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: T
     item_columns = math.lcm(BLOCK_COLUMNS, num_codebooks)
     blocks = -(-columns // item_columns)
     threads = threads_for(passes * blocks, passes * rows * columns * out_group)
-    scratch = torch.empty(threads, 2 * _ENTRIES * lanes, dtype=torch.float32)
+    scratch = torch.empty(threads, 2 * ENTRIES * lanes, dtype=torch.float32)
     frame = make_frame(
         passes * blocks,
         grads.data_ptr(), books.data_ptr(), packed.data_ptr(), out.data_ptr(), scratch.data_ptr(),
@@ -117,8 +117,8 @@ def _kernel(lanes: int) -> Kernel:
 
 @njit(**OPTIONS)
 def _take_items(f, zero, digest) -> None:  # noqa: ANN001, ARG001
-    address, entry_bytes = address_of(f), _FLOAT * lanes_of(zero)
-    bins = f[_SCRATCH] + fetch_add(address + 8 * NEXT_SLOT) * 2 * _ENTRIES * entry_bytes
+    address, entry_bytes = address_of(f), FLOAT * lanes_of(zero)
+    bins = f[_SCRATCH] + fetch_add(address + 8 * NEXT_SLOT) * 2 * ENTRIES * entry_bytes
     item = fetch_add(address + 8 * NEXT_ITEM)
     while item < f[ITEMS]:
         turn, block = divmod(item, f[_BLOCKS])
@@ -131,14 +131,14 @@ def _take_items(f, zero, digest) -> None:  # noqa: ANN001, ARG001
 @njit(**OPTIONS)
 def _add_column(f, zero, turn, column, bins) -> None:  # noqa: ANN001
     """Add what a column contributes to the outputs of its input group."""
-    entry_bytes, book_bytes = _FLOAT * lanes_of(zero), _FLOAT * f[_OUT_GROUP] * f[_GROUP]
-    bins_bytes = _ENTRIES * entry_bytes
+    entry_bytes, book_bytes = FLOAT * lanes_of(zero), FLOAT * f[_OUT_GROUP] * f[_GROUP]
+    bins_bytes = ENTRIES * entry_bytes
     index, codebook = divmod(column, f[_CODEBOOKS])
     out = f[_OUT] + (turn * f[_COLUMNS] // f[_CODEBOOKS] + index) * f[_GROUP] * entry_bytes
     part_rows = f[_ROWS] // f[_PARTITIONS]
     for place in range(f[_OUT_GROUP] * f[_PARTITIONS]):
         part, partition = divmod(place, f[_PARTITIONS])
-        book = f[_BOOKS] + (partition * f[_CODEBOOKS] + codebook) * f[_SIZE] * book_bytes + part * _FLOAT * f[_GROUP]
+        book = f[_BOOKS] + (partition * f[_CODEBOOKS] + codebook) * f[_SIZE] * book_bytes + part * FLOAT * f[_GROUP]
         grads = f[_GRADS] + ((turn * f[_OUT_GROUP] + part) * f[_ROWS] + partition * part_rows) * entry_bytes
         codes = f[_CODES] + partition * part_rows * f[_COLUMNS]
         _clear(bins, 2 * bins_bytes)
@@ -176,7 +176,7 @@ def _packed_place(f, column, row, rows, part_rows):  # noqa: ANN001, ANN202
 @njit(**OPTIONS)
 def _fill_bins(bins, codes, grads, rows, zero) -> None:  # noqa: ANN001
     """Add each row's gradients to the bin that its code chooses."""
-    entry_bytes = _FLOAT * lanes_of(zero)
+    entry_bytes = FLOAT * lanes_of(zero)
     for _ in range(rows // 4):
         prefetch(codes + _AHEAD)
         word = load_bits(codes, 32)
@@ -198,21 +198,21 @@ def _fill_bin(place, grads, zero) -> None:  # noqa: ANN001
 @njit(**OPTIONS)
 def _empty_bins(bins, book, book_bytes, size, group, out, zero) -> None:  # noqa: ANN001
     """Add bins [entry][lane], times the book's entries [G], to the outputs [G][lane]."""
-    entry_bytes, whole = _FLOAT * lanes_of(zero), group // 8 * 8
+    entry_bytes, whole = FLOAT * lanes_of(zero), group // 8 * 8
     for first in range(0, whole, 8):
         place = out + first * entry_bytes
         if lanes_of(zero) == 1:  # the lanes are those of the group
-            _multiply_bins(bins, book + _FLOAT * first, book_bytes, size, place)
+            _multiply_bins(bins, book + FLOAT * first, book_bytes, size, place)
             continue
         totals = load_each(place, entry_bytes, eight_of(zero))
         for entry in range(size):
-            weights = splat_each(book + entry * book_bytes + _FLOAT * first, _FLOAT, totals)
+            weights = splat_each(book + entry * book_bytes + FLOAT * first, FLOAT, totals)
             totals = tile_fma(totals, weights, (load(bins + entry * entry_bytes, zero),))
         store_each(place, entry_bytes, totals)
     for i in range(whole, group):
         total = load(out + i * entry_bytes, zero)
         for entry in range(size):
-            weight = splat(float_at(book + entry * book_bytes + _FLOAT * i), zero)
+            weight = splat(float_at(book + entry * book_bytes + FLOAT * i), zero)
             total = fma(weight, load(bins + entry * entry_bytes, zero), total)
         store(out + i * entry_bytes, total)
 
@@ -223,17 +223,17 @@ def _multiply_bins(bins, book, book_bytes, size, out) -> None:  # noqa: ANN001
     sums = (load(out, zeros(8)), zeros(8)), (zeros(8), zeros(8))
     whole = size // 4 * 4
     for entry in range(0, whole, 4):
-        place, weights = bins + _FLOAT * entry, book + entry * book_bytes
+        place, weights = bins + FLOAT * entry, book + entry * book_bytes
         sums = (
-            (_fma_at(place, weights, sums[0][0]), _fma_at(place + _FLOAT, weights + book_bytes, sums[0][1])),
+            (_fma_at(place, weights, sums[0][0]), _fma_at(place + FLOAT, weights + book_bytes, sums[0][1])),
             (
-                _fma_at(place + 2 * _FLOAT, weights + 2 * book_bytes, sums[1][0]),
-                _fma_at(place + 3 * _FLOAT, weights + 3 * book_bytes, sums[1][1]),
+                _fma_at(place + 2 * FLOAT, weights + 2 * book_bytes, sums[1][0]),
+                _fma_at(place + 3 * FLOAT, weights + 3 * book_bytes, sums[1][1]),
             ),
         )
     total = add(add(sums[0][0], sums[0][1]), add(sums[1][0], sums[1][1]))
     for entry in range(whole, size):
-        total = _fma_at(bins + _FLOAT * entry, book + entry * book_bytes, total)
+        total = _fma_at(bins + FLOAT * entry, book + entry * book_bytes, total)
     store(out, total)
 
 
