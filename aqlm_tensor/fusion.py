@@ -12,7 +12,6 @@ correctly, though not for free. This is for inference: `unfuse_` before training
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ class FusedGroup(nn.Module):
         self.__dict__["layers"] = tuple(layers)  # not as submodules: they belong to the parent
         self.tied = False  # whether the siblings' weights are views of the buffers
         self.books: list[Tensor] = []  # for each sibling its codebooks in the buffer, [its partitions, repeats, ...]
-        self.pending: _Pending | None = None
+        self.pending = _Pending()
         for name in ("codes", "codebooks", "scales"):
             self.register_buffer(name, None, persistent=False)
 
@@ -154,7 +153,7 @@ class FusedGroup(nn.Module):
 
     def _expose(self, weights: Sequence[AQLMTensor]) -> None:
         """Make the siblings' weights, of the shapes given, views of the buffers."""
-        self.pending = None
+        self.pending.forget()
         repeats = _repeats(weights)
         sizes = [weight.partitions * repeat for weight, repeat in zip(weights, repeats, strict=True)]
         books = zip(self.codebooks.split(sizes), repeats, strict=True)
@@ -185,26 +184,25 @@ class FusedGroup(nn.Module):
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of one sibling for x [..., I], from the product of all if that can be."""
-        layer = self.layers[place]
         if not self.tied or forward_ad.unpack_dual(x)[1] is not None:
+            layer = self.layers[place]
             return F.linear(x, layer.weight, layer.bias)
-        pending = self.pending
-        out = pending.outputs.pop(place, None) if pending is not None and pending.belongs_to(x) else None
-        if pending is None or out is None:
-            pending = self.pending = _Pending(x, dict(enumerate(self._product(x))))
-            out = pending.outputs.pop(place)
-        if not pending.outputs:
-            self.pending = None
+        out = self.pending.take(place, x)
+        if out is None:
+            outputs = dict(enumerate(self._product(x)))
+            out = outputs.pop(place)
+            self.pending.keep(x, outputs)
         return out
 
     def _product(self, x: Tensor) -> list[Tensor]:
         """Outputs of all siblings."""
         y = linear_of_parts(x, self.codes, self.codebooks, self.scales, self._bias())
-        starts = [0]
+        outputs, start = [], 0
         for layer in self.layers:
-            starts.append(starts[-1] + layer.out_features)
-        # slices and not split(): the outputs of split() must not be changed in place
-        return [y[..., start:stop] for start, stop in itertools.pairwise(starts)]
+            # not split(): its outputs must not be changed in place
+            outputs.append(y[..., start : start + layer.out_features])
+            start += layer.out_features
+        return outputs
 
     def _bias(self) -> Tensor | None:
         """The siblings' biases in a row, zero for those without, or None; gathered anew, since they may be trained."""
@@ -237,20 +235,33 @@ class FusedGroup(nn.Module):
         return ", ".join(self.names)
 
 
-@dataclass
 class _Pending:
-    """Outputs for one input that siblings have not asked for yet, by their place."""
+    """Outputs for one input that siblings have not asked for yet, by their place.
 
-    x: Tensor
-    outputs: dict[int, Tensor]
-    version: int = -1
+    An object that is changed and not an attribute of the group that is replaced: a module's take 4 us to set.
+    """
 
-    def __post_init__(self) -> None:
-        self.version = _version(self.x)
+    def __init__(self) -> None:
+        self.forget()
 
-    def belongs_to(self, x: Tensor) -> bool:
-        """Whether x is the input, unchanged."""
-        return self.x is x and self.version == _version(x)
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.x: Tensor | None = None
+        self.version = -1
+        self.outputs: dict[int, Tensor] = {}
+
+    def keep(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+        """Hold some outputs for x."""
+        self.x, self.version, self.outputs = x, _version(x), outputs
+
+    def take(self, place: int, x: Tensor) -> Tensor | None:
+        """A sibling's output if it is there and x is the input, unchanged; forgets the input with the last of them."""
+        if self.x is not x or self.version != _version(x):
+            return None
+        out = self.outputs.pop(place, None)
+        if not self.outputs:
+            self.forget()
+        return out
 
 
 def _version(x: Tensor) -> int:

@@ -28,6 +28,7 @@ implements = AQLMTensor.implements
 implements_torch_function = AQLMTensor.implements_torch_function
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
+_linear_implementation = ops.IMPLEMENTATIONS[ops.linear]
 
 REMEDY = "call `.dequantize()` first to work on the dense weight"
 
@@ -37,7 +38,7 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     # the parts and not w: on a subclass every attribute, such as a shape, is a trip through __torch_function__
     codes, codebooks, scales = w.codes, w.codebooks, w.scales
     if w.orientation == "matrix" and codes.dim() == 3 and _directly(x, codes, codebooks, scales, bias):
-        return ops.IMPLEMENTATIONS[ops.linear](x, codes, codebooks, scales, bias)
+        return _linear_implementation(x, codes, codebooks, scales, bias)
     if codes.dim() != 3 or w.orientation in ("row", "flat"):
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
     if isinstance(x, AQLMTensor):
@@ -60,7 +61,7 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
 def linear_of_parts(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear with the weight that the three tensors stand for; see `aqlm_tensor.kernels.ops` for shapes."""
     if _directly(x, codes, codebooks, scales, bias):
-        return ops.IMPLEMENTATIONS[ops.linear](x, codes, codebooks, scales, bias)
+        return _linear_implementation(x, codes, codebooks, scales, bias)
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     return _call(ops.linear, x, codes, codebooks, scales, bias)
 
@@ -179,7 +180,7 @@ def _operands(func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor
 
 @implements_torch_function(F.linear)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = args if len(args) == 3 else bind(("input", "weight", "bias"), args, kwargs)
     if isinstance(bias, AQLMTensor) or not isinstance(weight, AQLMTensor):
         if isinstance(bias, AQLMTensor):
             raise TypeError(f"an AQLMTensor cannot be a bias: {REMEDY}")

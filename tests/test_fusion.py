@@ -75,7 +75,7 @@ def test_same_output_in_fewer_products(bias: bool, dtype: torch.dtype) -> None:
     assert len(ran) == 2
     assert equal(dense(model), before)
     assert isinstance(model.q_proj, nn.Linear)
-    assert model.fused_q_proj_k_proj_v_proj.pending is None
+    assert model.fused_q_proj_k_proj_v_proj.pending.x is None
 
 
 def test_the_weights_are_views_of_the_fused_one() -> None:
@@ -224,4 +224,4 @@ def test_compiled_once_for_every_batch(fused: bool) -> None:
         expected = model(tokens, use_cache=False).logits
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
     assert counter.frame_count == 1
-    assert not any(isinstance(module, FusedGroup) and module.pending for module in model.modules())
+    assert not any(isinstance(module, FusedGroup) and module.pending.outputs for module in model.modules())
