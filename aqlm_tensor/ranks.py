@@ -1,8 +1,10 @@
-"""Several processes that quantize one model together, by torch.distributed: each solves some layers, all get them.
+"""Several processes that quantize one model together, by torch.distributed: they divide batches and layers.
 
-Every rank runs the forward passes, on the same batches, so a run of several ranks gives the bits of a run of one. The
-trade-off: passes and fine-tuning are not divided, which is the smaller part of the time; and a block's largest layer
-bounds what more ranks can gain (about 4 times for a Llama block, more for experts).
+Batch b belongs to rank b modulo their number: that rank keeps its activations and runs its forward and backward passes.
+What batches add up to (X^T X, the gradient of a step of fine-tuning) goes to all ranks, and each solves some layers. No
+sum depends on how batches were divided, so that any number of ranks of one kind of device gives the bits of one. The
+trade-off: a block's largest layer bounds what more ranks can gain while layers are solved (about 4 times for a Llama
+block, more for experts), and a step of fine-tuning occupies no more ranks than it has batches.
 """
 
 import contextlib
@@ -34,6 +36,14 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
+    def mine(self, batches: int) -> range:
+        """Which of so many batches are this rank's."""
+        return range(self.rank, batches, self.size)
+
+    def owner(self, batch: int) -> int:
+        """The rank of a batch."""
+        return batch % self.size
+
     def owners(self, sizes: Sequence[int]) -> list[int]:
         """A rank for each piece of work, so that the largest share is small; the same on every rank."""
         loads = [0] * self.size
@@ -50,21 +60,50 @@ class Ranks:
             dist.broadcast_object_list(holder, group=self._group, group_src=owner)
         return holder[0]
 
+    def everyones(self, value: _T) -> list[_T]:
+        """What each rank passed (anything that can be pickled), in the order of the ranks."""
+        values: list[Any] = [value]
+        if self._group is not None:
+            values *= self.size
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace the values of a contiguous tensor by their sums over the ranks."""
+        if self._group is not None:
+            dist.all_reduce(tensor, group=self._group)
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """Replace the values of a contiguous tensor by the owner's."""
+        if self._group is not None:
+            dist.broadcast(tensor, group=self._group, group_src=owner)
+
     @torch.no_grad()
     def like_first(self, tensors: Iterable[Tensor]) -> None:
         """Copy the first rank's values into everyone's tensors."""
         if self._group is not None:
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
-                dist.broadcast(whole, group=self._group, group_src=0)
+                self.spread(whole, 0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.copy_(whole)
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The block of code runs on the first rank, and once that is through it, on the others."""
-        if self._group is not None and self.rank > 0:
-            dist.barrier(self._group)
-        yield
-        if self._group is not None and self.rank == 0:
-            dist.barrier(self._group)
+        """The block of code runs on the first rank, and once that is through it, on the others.
+
+        Raises:
+            RuntimeError: on the others, if it failed on the first.
+        """
+        if self.rank > 0:
+            failure = self.shared(None, 0)
+            if failure is not None:
+                raise RuntimeError(f"the first process failed: {failure}")
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self.shared(str(error), 0)
+            raise
+        self.shared(None, 0)

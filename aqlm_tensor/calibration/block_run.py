@@ -28,7 +28,7 @@ from aqlm_tensor.calibration.report import BlockReport, CalibratedLayer, Phase, 
 from aqlm_tensor.calibration.work_folder import WorkFolder, continuous
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.linear import set_quantized
-from aqlm_tensor.quantizer.observers import detach_observers
+from aqlm_tensor.quantizer.observers import add_up, detach_observers
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.targets import Target
 from aqlm_tensor.tensor import AQLMTensor
@@ -76,9 +76,8 @@ class BlockRun:
         """Learn what the blocks are called with."""
         with self._phase("capture", 0):
             folder = None if self.work is None else self.work.path
-            self.calls = BlockCalls(
-                self.model, self.blocks, batches, device=self.device, place=self.place, folder=folder
-            )
+            own = [batches[batch] for batch in self.ranks.mine(len(batches))]
+            self.calls = BlockCalls(self.model, self.blocks, own, device=self.device, place=self.place, folder=folder)
 
     def quantize(self, index: int, block: nn.Module) -> None:
         """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
@@ -117,6 +116,8 @@ class BlockRun:
                     else:
                         for _ in self._each_output(index):
                             pass
+                    add_up([target.module for target in group], self.ranks)
+                    observer.add_up(self.ranks)
                 with self._phase("quantize", index):
                     self._convert(group)
                     for stack in watched:
@@ -137,6 +138,7 @@ class BlockRun:
         weights = {target.fqn: target.module.weight for target in firsts.values()}
         owners = dict(zip(firsts, self.ranks.owners([weight.numel() for weight in weights.values()]), strict=True))
         mine = [target for target in left if owners[id(target.module.weight)] == self.ranks.rank]
+        detach_observers({target.module for target in left} - {target.module for target in mine})
         solved = {target.fqn: owners[id(target.module.weight)] for target in firsts.values()}
         if mine:
             quantize_(self.model, _at_step("convert", mine), on_layer=functools.partial(self._layer_done, weights))
@@ -199,10 +201,11 @@ class BlockRun:
         if not self.true_sequential or not targets:
             return [(targets, stacks)]
         first = functools.partial(self.calls.run, index, 0, self.calls.inputs[0])
-        by_layer = {id(target.module): target for target in targets}
+        place = {id(target.module): number for number, target in enumerate(targets)}
         groups = reading_order(block, [target.module for target in targets], first)
+        order = self.ranks.shared([[place[id(layer)] for layer in group] for group in groups], 0)
         passes: list[tuple[list[Target], list[ExpertStack]]] = []
-        passes += [([by_layer[id(layer)] for layer in group], []) for group in groups]
+        passes += [([targets[number] for number in group], []) for group in order]
         return [*passes, ([], stacks)] if stacks else passes
 
     def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
@@ -211,9 +214,8 @@ class BlockRun:
         start = time.perf_counter()
         call = functools.partial(self.calls.run, index)
         with self._phase("fine-tune", index):
-            errors = finetune_block(
-                block, call, self.calls.inputs, outputs, self.finetune, seed=self.targets[0].config.seed
-            )
+            seed = self.targets[0].config.seed
+            errors = finetune_block(block, call, self.calls.inputs, outputs, self.finetune, seed=seed, ranks=self.ranks)
         self.ranks.like_first(continuous(block).values())
         report = BlockReport(index, *errors, time.perf_counter() - start)
         self.tuned.append(self.ranks.shared(report, 0))

@@ -78,9 +78,10 @@ def calibrate(
             memory; None computes where the first block is.
         keep_inputs: where the inputs of a block wait: "device", "cpu" or "disk" (in `work_dir`, or with the system's
             temporary files).
-        group: divide the layers over the ranks of this process group (torch.distributed); each calls this function with
-            the same model and arguments but for `device`, and gets the bits that one process would. `work_dir` must
-            then be one folder for all.
+        group: divide batches and layers over the ranks of this process group (torch.distributed), as
+            `aqlm_tensor.ranks` says; each calls this function with the same model and arguments but for `device`, and
+            gets the bits that one process would. `work_dir` must then be one folder for all. If one process fails, the
+            others wait for it: let torchrun end them.
         work_dir: keep finished layers and blocks in this folder.
         resume: go on with what `work_dir` holds; the model must be the dense one again, and everything else the same.
         data_origin: JSON-able notes on where the batches come from, for the report ("data", "origin").
@@ -92,13 +93,14 @@ def calibrate(
         layers left dense (the others outside of the blocks are not listed), and what the run was made from and took.
 
     Raises:
-        ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; and if what
-            `work_dir` holds was made from another model, config or data.
+        ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; for fewer
+            batches than ranks; and if what `work_dir` holds was made from another model, config or data.
         TypeError: for batches of another type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
         MemoryError, torch.OutOfMemoryError, OSError: if memory or the disk do not suffice, with a note on the remedy.
     """
-    _check_batches(batches, finetune)
+    ranks = Ranks(group)
+    _check_batches(batches, finetune, ranks)
     if keep_inputs not in PLACES:
         raise ValueError(f"keep_inputs must be one of {', '.join(map(repr, PLACES))}, got {keep_inputs!r}")
     if resume and work_dir is None:
@@ -113,7 +115,6 @@ def calibrate(
     data["origin"] = None if data_origin is None else dict(data_origin)
     where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
     watch = Stopwatch(where)
-    ranks = Ranks(group)
     run = BlockRun(
         model, finetune, true_sequential, chosen, targets, stacks, where, keep_inputs, ranks, watch, on_progress
     )
@@ -123,7 +124,7 @@ def calibrate(
         with run.remedies(work_dir):
             if work_dir is not None:
                 with ranks.first_alone():
-                    work = WorkFolder(Path(work_dir), resume=resume or ranks.rank > 0)
+                    work = WorkFolder(Path(work_dir), resume=resume, rank=ranks.rank)
                     work.check_same(settings, chosen, data["sha256"])
                 run.use(work)
             run.capture(batches)
@@ -158,9 +159,14 @@ def _to_prepare(
     return config, targets, skipped | dict.fromkeys(outside, "it is in none of the blocks")
 
 
-def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None) -> None:
+def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None, ranks: Ranks) -> None:
     if not batches:
         raise ValueError("no batches to calibrate on: pass some, of real inputs")
+    if len(batches) < ranks.size:
+        raise ValueError(
+            f"{len(batches)} batches cannot be divided over {ranks.size} processes: pass smaller batches or more data, "
+            "or start fewer processes"
+        )
     for batch in batches:
         if not isinstance(batch, Tensor | Mapping):
             raise TypeError(

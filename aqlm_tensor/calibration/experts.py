@@ -26,6 +26,7 @@ from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.quantizer.hessian import HessianAccumulator
 from aqlm_tensor.quantizer.layer import quantize_layer
+from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.targets import why_incompatible
 from aqlm_tensor.tensor import AQLMTensor
@@ -151,6 +152,12 @@ class ExpertObserver(TorchFunctionMode):
             # an experts module declares its projections in the order in which it applies them
             self.first |= set() if id(stack.module) in modules else {stack.fqn}
             modules.add(id(stack.module))
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Take in what the same observer has seen on the other ranks; all have to call this."""
+        for accumulators in self.seen.values():
+            for accumulator in accumulators:
+                accumulator.add_up(ranks)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

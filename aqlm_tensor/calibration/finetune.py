@@ -5,6 +5,9 @@ Codebooks, scales, norms and biases are trained with Adam to lower the error of 
 tokens with outputs hundreds of times larger would otherwise decide everything, and the next block normalises them
 away. The best state on batches held out is kept, the untrained one included, so that tuning never makes a block worse
 on them.
+
+Several processes divide the batches of a step. Gradients are added up in the order of the batches, whoever computed
+them, so that all processes stay equal, and to what one alone would be.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.training import held_out, trainable_in_float32
 
 __all__ = ["FinetuneConfig", "finetune_block"]
@@ -28,6 +32,8 @@ class FinetuneConfig:
         lr: Adam's learning rate at the start; it falls to a tenth along a half cosine.
         validation: share of the batches that is held out to choose the best epoch (at least one batch).
         patience: stop after so many epochs in a row without a better validation loss.
+        batches_per_step: batches whose gradients are averaged for one step. Processes share them; a batch is not
+            divided.
 
     Raises:
         ValueError: for a value that makes no sense, naming the accepted ones.
@@ -37,9 +43,10 @@ class FinetuneConfig:
     lr: float = 1e-3
     validation: float = 0.125
     patience: int = 2
+    batches_per_step: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience"):
+        for name in ("epochs", "patience", "batches_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
@@ -64,16 +71,18 @@ def finetune_block(
     config: FinetuneConfig,
     *,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[float, float]:
     """Train a block's codebooks, scales, norms and biases in place.
 
     Args:
         block: with AQLM weights; it is trained in float32 and has its own dtype again afterwards.
-        call: computes the block's output for a batch's index and its input, in the input's dtype.
-        inputs: hidden states [B, seqlen, width], at least two.
+        call: computes the block's output for an index into `inputs` and the input there, in the input's dtype.
+        inputs: hidden states [B, seqlen, width], at least two; with several ranks those of this rank's batches.
         targets: the output that the block should have for each input.
         config: the effort.
         seed: of the order of the batches.
+        ranks: that divide the batches; None for this process alone.
 
     Returns:
         The mean relative squared error on the batches held out, before and after.
@@ -81,26 +90,30 @@ def finetune_block(
     Raises:
         ValueError: for fewer than two batches.
     """
-    held_out = config.held_out(len(inputs))
+    ranks = ranks or Ranks()
+    batches = sum(ranks.everyones(len(inputs)))
+    held_out = config.held_out(batches)
+    order = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _trained_in_float32(block) as parameters:
 
-        def loss(index: int) -> Tensor:
-            return _relative_error(call(index, inputs[index].float()), targets[index].float())
+        def loss(batch: int) -> Tensor:
+            place = ranks.mine(batches).index(batch)
+            return _relative_error(call(place, inputs[place].float()), targets[place].float())
 
         def validate() -> float:
             with torch.no_grad():
-                return float(sum(loss(index).double() for index in held_out)) / len(held_out)
+                own = {batch: float(loss(batch)) for batch in held_out if batch in ranks.mine(batches)}
+            losses = {batch: value for part in ranks.everyones(own) for batch, value in part.items()}
+            return sum(losses[batch] for batch in held_out) / len(held_out)
 
         optimizer = torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.95))
-        steps = config.epochs * held_out.start
+        steps = config.epochs * -(-held_out.start // config.batches_per_step)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, config.lr / 10)
-        generator = torch.Generator().manual_seed(seed)
         first = best = validate()
         kept, stale = _copy(parameters), 0
         for _ in range(config.epochs):
-            for index in torch.randperm(held_out.start, generator=generator).tolist():
-                optimizer.zero_grad()
-                loss(index).backward()
+            for step in _steps(held_out.start, config.batches_per_step, order):
+                _set_mean_gradient(parameters, loss, step, ranks)
                 optimizer.step()
                 schedule.step()
             now = validate()
@@ -114,6 +127,39 @@ def finetune_block(
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
     return first, best
+
+
+def _steps(batches: int, at_once: int, generator: torch.Generator) -> list[list[int]]:
+    """The batches of each step of an epoch, in random order.
+
+    A step has one batch of each residue class modulo `at_once`, so that ranks whose number divides that have equal
+    shares.
+    """
+    classes = [range(first, batches, at_once) for first in range(min(at_once, batches))]
+    shuffled = [[own[place] for place in torch.randperm(len(own), generator=generator).tolist()] for own in classes]
+    return [[own[step] for own in shuffled if step < len(own)] for step in range(len(shuffled[0]))]
+
+
+def _set_mean_gradient(
+    parameters: Sequence[nn.Parameter], loss: Callable[[int], Tensor], step: Sequence[int], ranks: Ranks
+) -> None:
+    """Give parameters the gradient of the mean loss of some batches, the same bits on every rank."""
+    own = {batch: _gradient(parameters, loss(batch)) for batch in step if ranks.owner(batch) == ranks.rank}
+    sizes = [parameter.numel() for parameter in parameters]
+    total = torch.zeros(sum(sizes), device=parameters[0].device)
+    for batch in step:
+        part = own.pop(batch) if batch in own else torch.empty_like(total)
+        ranks.spread(part, ranks.owner(batch))
+        total += part
+    total /= len(step)
+    for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def _gradient(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    """The gradients of a loss, one after another; zero for parameters that it does not depend on."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

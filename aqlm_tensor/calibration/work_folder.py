@@ -40,14 +40,17 @@ class WorkFolder:
     Args:
         path: created if it does not exist.
         resume: whether it may hold something already.
+        rank: of this process, among those that share the folder.
 
     Raises:
         FileExistsError: if it holds something and `resume` is False.
         ValueError: if it holds something that is no work folder.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, rank: int = 0) -> None:
         self.path = path
+        if rank > 0:  # the first one has looked
+            return
         if path.exists() and any(entry.suffix != ".partial" for entry in path.iterdir()):
             if not resume:
                 raise FileExistsError(f"{path} holds an earlier run: pass resume=True to go on with it, or delete it")

@@ -46,6 +46,7 @@ __all__ = ["REPORT_NAME", "batched", "quantize_with_bar", "run"]
 
 REPORT_NAME = "quantization_report.json"
 _TOKENS_AT_ONCE = 2048  # more only costs memory
+_BATCHES = 8  # if there are as many windows: processes share them, and their number must not change the batches
 _PATIENCE = dt.timedelta(hours=12)  # of ranks that wait for one that solves a large layer
 
 
@@ -196,8 +197,8 @@ def _resumable(work: Path | None) -> Iterator[None]:
 
 def batched(samples: list[torch.Tensor]) -> list[torch.Tensor]:
     """Windows [1, seqlen] joined to batches of one shape and a few thousand tokens."""
-    most = max(1, _TOKENS_AT_ONCE // samples[0].shape[1])
-    size = next(size for size in range(min(most, len(samples)), 0, -1) if len(samples) % size == 0)
+    most = max(1, min(_TOKENS_AT_ONCE // samples[0].shape[1], len(samples) // _BATCHES))
+    size = next(size for size in range(most, 0, -1) if len(samples) % size == 0)
     return [torch.cat(samples[first : first + size]) for first in range(0, len(samples), size)]
 
 

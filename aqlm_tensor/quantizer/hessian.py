@@ -1,13 +1,17 @@
 """X^T X of a layer's inputs: accumulating it, checking it, and the two ways in which the code search uses it."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from aqlm_tensor.quantizer.search import Coupling
+from aqlm_tensor.ranks import Ranks
 
 __all__ = ["HessianAccumulator", "check_hessian", "descent_coupling", "feedback_coupling", "no_coupling", "regularize"]
 
 _CHUNK_TOKENS = 8192
+_AT_ONCE = 512  # rows or columns of a matrix that are widened or compared at a time
 _SYMMETRY_TOLERANCE = 1e-4  # of the largest entry; float32 sums of half-precision inputs stay far below
 _RIDGE = 1e-6  # of the mean diagonal: weights of dead inputs are kept close to their values
 
@@ -15,8 +19,9 @@ _RIDGE = 1e-6  # of the mean diagonal: weights of dead inputs are kept close to 
 class HessianAccumulator:
     """Streams X^T X over batches of a layer's inputs.
 
-    Products and sums are float32: after n batches the relative rounding error is at most about n * 6e-8, and typically
-    the square root of n times that. Memory is one [I, I] float32 matrix and a scratch one of the same size.
+    The product of a batch is float32, the sum of batches float64. So their order does not show: whichever processes
+    added them, the float32 value has the same bits (but where the sum lies within some 1e-16 of the middle between two
+    float32 numbers). Memory is one [I, I] float64 matrix, and a float32 one while a batch is added.
 
     Args:
         in_features: I, the layer's input features.
@@ -27,8 +32,10 @@ class HessianAccumulator:
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.in_features = in_features
+        self.device = torch.empty(0, device=device).device
         self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum: Tensor | None = None  # float32, and never changed in place, while it holds no more than one product
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -41,24 +48,36 @@ class HessianAccumulator:
         """
         if not x.is_floating_point():
             raise TypeError(f"inputs must be floating point, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self._sum.shape[0]:
-            raise ValueError(f"inputs must have {self._sum.shape[0]} features, got shape {tuple(x.shape)}")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"inputs must have {self.in_features} features, got shape {tuple(x.shape)}")
         rows = x.detach().reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return
-        product = torch.zeros_like(self._sum, device=x.device)
+        product = torch.zeros(self.in_features, self.in_features, device=x.device, dtype=torch.float32)
         for chunk in rows.split(_CHUNK_TOKENS):
             chunk = chunk.float()
             product.addmm_(chunk.T, chunk)
         if not bool(product.diagonal().isfinite().all()):
             raise ValueError("inputs hold NaN, infinite or overflowing values: X^T X would be useless")
-        self._sum += product.to(self._sum.device)
-        self.tokens += rows.shape[0]
+        self._add(product.to(self.device), rows.shape[0])
 
     def merge(self, other: "HessianAccumulator") -> None:
         """Add what another accumulator of the same layer inputs has seen."""
-        self._sum += other._sum.to(self._sum.device)
-        self.tokens += other.tokens
+        if other._sum is not None:
+            self._add(other._sum.to(self.device), other.tokens)
+
+    def _add(self, product: Tensor, tokens: int) -> None:
+        if self._sum is None and product.dtype == torch.float32:
+            self._sum = product
+        else:
+            self._sum = self._wide().add_(product)
+        self.tokens += tokens
+
+    def _wide(self) -> Tensor:
+        """The sum in float64, to be changed in place."""
+        if self._sum is None:
+            return torch.zeros(self.in_features, self.in_features, dtype=torch.float64, device=self.device)
+        return self._sum.double()
 
     def clone(self) -> "HessianAccumulator":
         """An independent accumulator that has seen the same."""
@@ -66,19 +85,23 @@ class HessianAccumulator:
         copy.merge(self)
         return copy
 
-    @property
-    def in_features(self) -> int:
-        """Rows and columns of the sum."""
-        return self._sum.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the sum lives."""
-        return self._sum.device
+    def add_up(self, ranks: Ranks) -> None:
+        """Take in what the same accumulator has seen on the other ranks; all have to call this."""
+        tokens = torch.tensor(self.tokens, device=self.device)
+        ranks.add_up(tokens)
+        self.tokens = int(tokens)
+        if self.tokens and ranks.size > 1:
+            self._sum = self._wide()
+            ranks.add_up(self._sum)
 
     def value(self) -> Tensor:
         """X^T X over all inputs so far: a new [in_features, in_features] float32 tensor."""
-        return self._sum.clone()
+        return self._wide().float()
+
+    def narrowed(self) -> Tensor:
+        """The same without a copy, to be left alone; the sum is rounded to it, which halves its memory."""
+        self._sum = self.value() if self._sum is None else self._sum.float()
+        return self._sum
 
 
 def check_hessian(hessian: Tensor, in_features: int) -> None:
@@ -96,9 +119,13 @@ def check_hessian(hessian: Tensor, in_features: int) -> None:
             f"hessian must be X^T X of the layer's inputs, of shape {(in_features, in_features)}, "
             f"got {tuple(hessian.shape)}"
         )
-    if not bool(hessian.isfinite().all()):
+    if in_features == 0:
+        return
+    least, most = (float(extreme) for extreme in hessian.aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("hessian holds NaN or infinite values: check the calibration inputs")
-    if hessian.numel() and float((hessian - hessian.T).abs().max()) > _SYMMETRY_TOLERANCE * float(hessian.abs().max()):
+    pairs = zip(hessian.split(_AT_ONCE), hessian.split(_AT_ONCE, 1), strict=True)
+    if max(float((rows - columns.T).abs().max()) for rows, columns in pairs) > _SYMMETRY_TOLERANCE * max(-least, most):
         raise ValueError("hessian is not symmetric: pass X^T X as HessianAccumulator.value() returns it")
     if bool((hessian.diagonal() < 0).any()):
         raise ValueError("hessian has a negative diagonal entry: X^T X is positive semidefinite")
@@ -108,11 +135,13 @@ def regularize(hessian: Tensor | None) -> Tensor | None:
     """The float32 metric of the search, [I, I], scaled to a mean diagonal of 1; None for the identity."""
     if hessian is None:
         return None
-    wide = hessian.detach().double()
-    mean = float(wide.diagonal().mean())
+    mean = float(hessian.diagonal().double().mean())
     if mean == 0:  # nothing was seen: every input counts the same
         return None
-    metric = ((wide + wide.T) / (2 * mean)).float()
+    metric = torch.empty(hessian.shape, dtype=torch.float32, device=hessian.device)
+    parts = zip(metric.split(_AT_ONCE), hessian.split(_AT_ONCE), hessian.split(_AT_ONCE, 1), strict=True)
+    for part, rows, columns in parts:
+        part.copy_((rows.double() + columns.T) / (2 * mean))
     metric.diagonal().add_(_RIDGE)
     return metric
 
@@ -139,24 +168,39 @@ def feedback_coupling(metric: Tensor, group: int, damping: float) -> Coupling:
     With the damped metric R R^T, R upper triangular, a row's cost is the sum over groups j of e~_j D_j e~_j^T, where
     e~_j = e_j + sum over i < j of e_i R_ij R_jj^-1 and D_j = R_jj R_jj^T.
 
+    Beyond the metric it needs three times its memory: for the result, and for the factor in float64.
+
     Raises:
         ValueError: if the damped metric is not positive definite.
     """
-    damped = metric.double()
+    lower = _factor(metric, damping)
+    coupled, own = torch.empty_like(metric), torch.empty(len(metric) // group, group, group, device=metric.device)
+    width = group * -(-_AT_ONCE // group)
+    for start, part in zip(range(0, len(metric), width), coupled.split(width, 1), strict=True):
+        stop = start + part.shape[1]
+        upper = lower[:, len(lower) - stop : len(lower) - start].flip(0, 1).contiguous()  # these columns of R
+        factors = _diagonal_blocks(upper[start:stop], group)
+        products = (upper.view(len(upper), -1, group).transpose(0, 1) @ factors.mT).transpose(0, 1).reshape(upper.shape)
+        blocks = _diagonal_blocks(products[start:stop], group)
+        own[start // group : stop // group] = blocks
+        blocks.zero_()
+        part.copy_(products)
+    return Coupling(own, coupled, causal=True)
+
+
+def _factor(metric: Tensor, damping: float) -> Tensor:
+    """The lower triangular Cholesky factor, in float64, of the damped metric with rows and columns reversed."""
+    damped = metric.flip(0, 1).double()
     damped.diagonal().mul_(1 + damping / 2).add_(damping / 2)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower = damped.T  # LAPACK's result has its columns in sequence: so it takes the place of the matrix
+    info = torch.empty(0, dtype=torch.int32, device=metric.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) != 0:
         raise ValueError(
             "hessian is not positive semidefinite: pass X^T X of real inputs, or a SolverConfig with more damping "
             f"(now {damping})"
         )
-    upper = lower.flip(0, 1).contiguous()  # LAPACK's result has its columns in sequence
-    factors = _diagonal_blocks(upper, group)
-    coupled = (upper.view(len(upper), -1, group).transpose(0, 1) @ factors.mT).transpose(0, 1).reshape(upper.shape)
-    blocks = _diagonal_blocks(coupled, group)
-    own = blocks.float()
-    blocks.zero_()
-    return Coupling(own, coupled.float(), causal=True)
+    return lower
 
 
 def _diagonal_blocks(matrix: Tensor, group: int) -> Tensor:

@@ -168,7 +168,7 @@ class _Problem:
         else:
             self.order = metric.diagonal().view(-1, group).sum(1).argsort(descending=True, stable=True)
             columns = (self.order[:, None] * group + torch.arange(group, device=weight.device)).flatten()
-            self.metric = metric[columns][:, columns].contiguous()
+            self.metric = metric = metric[columns][:, columns].contiguous()
             self.feedback = feedback_coupling(self.metric, group, solver.damping)
             self.descent = descent_coupling(self.metric, group)
         wide = weight.detach().float()[:, columns].view(-1, scheme.out_group_size, weight.shape[1])

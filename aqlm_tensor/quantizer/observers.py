@@ -8,16 +8,17 @@ was started with, and leaves it, with exactly what it had seen, the first time i
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_tensor.quantizer.hessian import HessianAccumulator
+from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.scheme import AQLMScheme
 
-__all__ = ["Observer", "detach_observers", "observer_of"]
+__all__ = ["Observer", "add_up", "detach_observers", "observer_of"]
 
 _ATTRIBUTE = "_aqlm_observer"
 _MEMORY_FRACTION = 0.5
@@ -99,10 +100,22 @@ class Observer:
         return self._group.accumulator.tokens + (pending.tokens if pending is not None and seen_pending else 0)
 
     def hessian(self) -> Tensor | None:
-        """X^T X over all inputs seen, [in_features, in_features] float32; None if there were none."""
+        """X^T X over all inputs seen, [in_features, in_features] float32, to be left alone; None if there were none."""
+        group = self.settled()
+        return None if group is None or self.tokens == 0 else group.accumulator.narrowed()
+
+    def settled(self) -> _SharedInput | None:
+        """The group, once the newest batch is counted; None before the first."""
         if self._group is not None:
             self._group.settle()
-        return None if self._group is None or self.tokens == 0 else self._group.accumulator.value()
+        return self._group
+
+    def move(self, group: _SharedInput) -> None:
+        """Go on in another group."""
+        if self._group is not None:
+            self._group.members.remove(self)
+        group.members.append(self)
+        self._group = group
 
     def detach(self) -> None:
         """Remove the observer from its module."""
@@ -119,13 +132,11 @@ class Observer:
         """Go on alone from the batches counted so far, without the pending one."""
         group = self._group
         assert group is not None
-        group.members.remove(self)
         if self in group.waiting:
             group.waiting.remove(self)
         alone = _SharedInput(group.accumulator.clone())
         alone.batches = group.batches - 1
-        alone.members.append(self)
-        self._group = alone
+        self.move(alone)
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         x = args[0] if args else kwargs["input"]
@@ -165,6 +176,38 @@ def detach_observers(modules: Iterable[nn.Module]) -> None:
             observer.detach()
 
 
+def add_up(layers: Sequence[nn.Linear], ranks: Ranks) -> None:
+    """Let the observers of some layers know what those of the same layers have seen on all ranks.
+
+    Args:
+        layers: with observers; the same ones, in the same order, on every rank.
+        ranks: all of which call this.
+    """
+    if ranks.size == 1:
+        return
+    observers = [observer for layer in layers if (observer := observer_of(layer)) is not None]
+    before = [observer.settled() for observer in observers]
+    # layers share a sum that they share on every rank: some of them may have seen nothing on one (experts)
+    firsts = [None if group is None else before.index(group) for group in before]
+    keys = list(zip(*ranks.everyones(firsts), strict=True))
+    for key in dict.fromkeys(keys):
+        if any(first is not None for first in key):
+            shared = [observer for observer, other in zip(observers, keys, strict=True) if other == key]
+            _apart(shared, layers[0].weight.device).accumulator.add_up(ranks)
+
+
+def _apart(observers: Sequence[Observer], device: torch.device) -> _SharedInput:
+    """A group of exactly these observers, all of which are in one group, or in none."""
+    group = observers[0].settled()
+    if group is None or len(group.members) > len(observers):
+        group = _SharedInput(
+            HessianAccumulator(observers[0].in_features, device) if group is None else group.accumulator.clone()
+        )
+        for observer in observers:
+            observer.move(group)
+    return group
+
+
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
@@ -172,7 +215,7 @@ def _version(x: Tensor) -> int:
 def _check_memory(in_features: int, device: torch.device) -> None:
     """Refuse an accumulator that would bring all of them above half of the device's memory."""
     sizes = [group.accumulator.in_features for group in _groups if group.accumulator.device == device]
-    needed = 4 * sum(size * size for size in [*sizes, in_features])
+    needed = 8 * sum(size * size for size in [*sizes, in_features])
     limit = int(_MEMORY_FRACTION * _total_memory(device))
     if needed > limit:
         raise MemoryError(

@@ -31,6 +31,33 @@ def test_sum_over_batches_matches_float64(dtype: torch.dtype) -> None:
     assert accumulator.value().abs().sum() > 0
 
 
+def test_the_order_of_batches_does_not_show() -> None:
+    batches = [torch.randn(40, 24) * torch.rand(24) for _ in range(30)]
+    sums = []
+    for order in (range(30), reversed(range(30)), torch.randperm(30).tolist()):
+        parts = [HessianAccumulator(24) for _ in range(3)]
+        for place, batch in enumerate(order):
+            parts[place % 3].add(batches[batch])
+        parts[0].merge(parts[2])
+        parts[1].merge(parts[0])
+        sums.append(parts[1].value())
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+def test_a_narrowed_sum_can_go_on() -> None:
+    accumulator, other = HessianAccumulator(8), HessianAccumulator(8)
+    x = torch.randn(5, 8)
+    for one in (accumulator, other):
+        one.add(x)
+    copy = accumulator.clone()
+    accumulator.narrowed()
+    accumulator.add(x)
+    other.add(x)
+    assert torch.equal(accumulator.value(), other.value())
+    assert torch.equal(copy.value(), 0.5 * other.value()), "a clone is independent"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_non_finite_inputs_leave_the_sum_alone(bad: float) -> None:
     accumulator = HessianAccumulator(8)
