@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.calibration.finetune",
         "aqlm_tensor.pv",
     ),
-    ("aqlm_tensor.pv.adam", "aqlm_tensor.pv.config", "aqlm_tensor.pv.report"),
+    ("aqlm_tensor.pv.adam", "aqlm_tensor.pv.config", "aqlm_tensor.pv.graph", "aqlm_tensor.pv.report"),
     ("aqlm_tensor.pv.codes", "aqlm_tensor.pv.layers", "aqlm_tensor.pv.loss"),
     (
         "aqlm_tensor.calibration.activations",

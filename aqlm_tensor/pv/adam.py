@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["RelativeAdam"]
 
@@ -36,8 +36,8 @@ class RelativeAdam:
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:
-        """Step `number`, counted from 1, with the parameters' gradients, which are cleared."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        """Step `number`, counted from 1, with the parameters' gradients, which are set to zero."""
+        gradients = self.gradients()
         beta1, beta2 = _BETAS
         _fused._foreach_lerp_(self.first, gradients, 1 - beta1)
         _fused._foreach_mul_(self.second, beta2)
@@ -47,5 +47,11 @@ class RelativeAdam:
         _fused._foreach_add_(scale, _EPSILON)
         lengths = [-lr * size / (1 - beta1**number) for size in self.sizes]
         _fused._foreach_addcdiv_(self.parameters, self.first, scale, lengths)
+        _fused._foreach_zero_(gradients)
+
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients, zero where there was none; always the same tensors, as CUDA graphs want them."""
         for parameter in self.parameters:
-            parameter.grad = None
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]

@@ -28,14 +28,14 @@ from aqlm_tensor.quantizer.hessian import descent_coupling
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 
-__all__ = ["FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
+__all__ = ["CURVATURE_PASSES", "FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
 
 FIRST_DAMPING = 64.0  # the power of gradients understates the curvature where the loss is small
 _TRIES = 4  # of one V step
 _MORE = 2.0  # times as much damping in each
 _RIDGE = 0.1  # added to X^T X, of its mean diagonal: few tokens leave directions that only seem flat
 _LEAST_POWER = 1e-2  # of the mean over rows, for rows whose outputs hardly matter
-_CURVATURE_PASSES = 4  # forward and backward passes that the curvature is taken from
+CURVATURE_PASSES = 4  # that the curvature is taken from
 _BEAM = 8  # entries kept of the first of two codebooks, where codebooks are too large to try all pairs
 
 
@@ -58,43 +58,33 @@ class LossModel:
         self._gradient = torch.zeros(out_features, in_features, device=device)
         self._inputs = torch.zeros(in_features, in_features, device=device)
         self._power = torch.zeros(out_features, device=device)
-        self._passes = self._input_passes = self._output_passes = 0
+        self._passes = torch.zeros((), device=device)  # on the device: a replayed pass counts, too
+        self._curvature_passes = 0
 
     @staticmethod
     def bytes_for(out_features: int, in_features: int) -> int:
         """How much memory one takes."""
         return 4 * (out_features * in_features + in_features * in_features + out_features)
 
-    def watch(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
-        """Learn from a product y [..., O] of x [..., I] and the dense weight, now and when gradients reach it.
-
-        Activations that are computed again in the backward pass count twice, in sums and numbers alike.
-        """
-        weight.register_hook(self._add_gradient)
-        if self._input_passes < _CURVATURE_PASSES:
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
-            self._inputs.addmm_(rows.T, rows)
-            self._input_passes += 1
-        if self._output_passes < _CURVATURE_PASSES:
-            y.register_hook(self._add_power)
-
-    def _add_gradient(self, gradient: Tensor) -> None:
-        self._gradient += gradient.detach()
+    def learn(self, x: Tensor, gradient: Tensor, output_gradient: Tensor) -> None:
+        """Learn from a backward pass: x [M, I], gradients of the weight [O, I] and of its product with x [M, O]."""
+        self._gradient += gradient
         self._passes += 1
-
-    def _add_power(self, gradient: Tensor) -> None:
-        self._power += gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0)
-        self._output_passes += 1
+        if self._curvature_passes < CURVATURE_PASSES:
+            self._curvature_passes += 1
+            rows = x.float()
+            self._inputs.addmm_(rows.T, rows)
+            self._power += output_gradient.float().square().sum(0)
 
     def factors(self, out_group: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean gradient [O, I], metric [I, I] of mean diagonal about 1, and the power of each row group in its units.
 
         None if nothing was seen, or nothing that matters.
         """
-        if not (self._passes and self._output_passes):
+        if not self._curvature_passes:
             return None
         size = self._inputs.diagonal().mean()
-        power = self._power.view(-1, out_group).mean(1) * (size / self._input_passes / self._output_passes)
+        power = self._power.view(-1, out_group).mean(1) * (size / self._curvature_passes**2)
         if not (float(size) > 0 and float(power.mean()) > 0 and bool(power.isfinite().all())):
             return None
         metric = self._inputs / size

@@ -1,7 +1,7 @@
 """The quantized layers of a model while `tune_pv` trains it.
 
-For its products each layer decodes its weight anew, so that autograd gives the gradient of the dense weight, in float32
-sums, and from it those of codebooks and scales. No dense copy of a weight outlives a step.
+For its products each layer decodes its weight anew; the backward pass forms the gradient of the dense weight and from
+it, in float32 sums, those of codebooks and scales. No dense copy of a weight outlives a step.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from aqlm_tensor.codes import codes_to_indices
 from aqlm_tensor.fusion import FusedLinear
@@ -20,44 +19,44 @@ from aqlm_tensor.kernels import ops
 from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.pv.codes import LossModel, Parts
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
-from aqlm_tensor.quantizer.sums import code_sums
+from aqlm_tensor.quantizer.sums import CodeSums, code_sums
 from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.training import trainable_in_float32
 
 __all__ = ["TunedWeight", "check_layers", "in_turns", "tuned_weights"]
 
 
-class _Decode(torch.autograd.Function):
-    """The dense weight [O, I]; its backward pass sorts by code where the op's own, exact one adds in float64."""
+class _Product(torch.autograd.Function):
+    """x [M, I] times the transposed weight, whose gradient [O, I] goes to codebooks, scales and the model of the loss.
+
+    The sums of entries are multiplied by float32 gradients in a fixed order; the decoder's own backward pass, exact,
+    would add in float64. A row whose scale is zero stays zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, codebooks, scales)
-        return ops.dequantize(codes, codebooks, scales)
+    def forward(ctx: Any, x: Tensor, codebooks: Tensor, scales: Tensor, weight: "TunedWeight") -> Tensor:
+        dense = ops.dequantize(weight.codes, codebooks, scales).to(x.dtype)
+        ctx.save_for_backward(x, dense, scales)
+        ctx.weight = weight
+        return x @ dense.T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
-        codes, codebooks, scales = ctx.saved_tensors
-        height, group = codebooks.shape[-2:]
-        rows = gradients[0].reshape(len(codes), -1)
-        unscaled = ops.dequantize(codes, codebooks, torch.ones_like(scales)).view_as(rows)
-        tiles = (rows * scales.view(-1, 1)).view(len(codes), height, -1, group).transpose(1, 2)
-        books = partitioned(codebooks)
-        partitions, _, size = books.shape[:3]
-        indices = codes_to_indices(codes, (size - 1).bit_length()).view(partitions, -1, *codes.shape[1:])
-        indices += size * torch.arange(partitions, device=codes.device).view(-1, 1, 1, 1)
-        with one_thread_per_operation():
-            sums = code_sums(indices.flatten(0, 1), partitions * size)(tiles.reshape(-1, height * group))
-        return None, _by_partition(sums, partitions).view_as(codebooks), (rows * unscaled).sum(1).view_as(scales)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, dense, scales = ctx.saved_tensors
+        weight: TunedWeight = ctx.weight
+        to_dense = (gradients[0].T @ x).float()
+        if weight.model is not None:
+            weight.model.learn(x, to_dense, gradients[0])
+        factors = scales.view(-1, 1)
+        rows = to_dense.view(len(factors), -1)
+        to_scales = torch.linalg.vecdot(rows, dense.view_as(rows).float()).view_as(scales)
+        to_scales = torch.where(scales != 0, to_scales / scales, torch.zeros_like(scales))
+        return gradients[0] @ dense, weight.entry_sums(rows * factors), to_scales, None
 
 
 def _by_partition(sums: Tensor, partitions: int) -> Tensor:
     """[K, P * S, E] as [P, K, S, E]."""
     return sums.unflatten(1, (partitions, -1)).transpose(0, 1).contiguous()
-
-
-def _decoded(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    return cast("Tensor", _Decode.apply(codes, codebooks, scales))
 
 
 @dataclass(eq=False)
@@ -69,6 +68,7 @@ class TunedWeight:
         codes: stored codes [O/H, I/G, K]; replaced in place.
         codebooks: float32 parameter [K, 2^N, H, G] or [P, K, 2^N, H, G].
         scales: float32 parameter [O/H, 1, 1, 1].
+        keep_order: keep the places of each code in memory, 8 bytes for each code, rather than sort in every pass.
         model: of the loss, learns from every pass if the weight's codes are chosen next.
     """
 
@@ -76,7 +76,9 @@ class TunedWeight:
     codes: Tensor
     codebooks: nn.Parameter
     scales: nn.Parameter
+    keep_order: bool = True
     model: LossModel | None = None
+    _order: tuple[int, CodeSums] | None = None
 
     @property
     def groups(self) -> int:
@@ -100,11 +102,33 @@ class TunedWeight:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] times the transposed weight plus bias, in autocast's dtype if it is on."""
-        weight = _decoded(self.codes, self.codebooks, self.scales)
-        y = F.linear(x, weight, bias)
-        if self.model is not None and weight.requires_grad:
-            self.model.watch(x, weight, y)
-        return y
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        with torch.autocast(device, enabled=False):
+            y: Tensor = cast("Any", _Product.apply)(flat, self.codebooks, self.scales, self)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if bias is None else y + bias.to(dtype)
+
+    def entry_sums(self, rows: Tensor) -> Tensor:
+        """The adjoint of looking entries up: rows [O/H, H * I] added by code, in the shape of the codebooks."""
+        height, group = self.codebooks.shape[-2:]
+        tiles = rows.view(len(rows), height, -1, group).transpose(1, 2).reshape(-1, height * group)
+        with one_thread_per_operation():
+            sums = self._by_code()(tiles)
+        return _by_partition(sums, len(partitioned(self.codebooks))).view_as(self.codebooks)
+
+    def _by_code(self) -> CodeSums:
+        version = self.codes._version  # changes with every change in place
+        if self._order is not None and self._order[0] == version:
+            return self._order[1]
+        partitions, _, size = partitioned(self.codebooks).shape[:3]
+        indices = codes_to_indices(self.codes, (size - 1).bit_length()).view(partitions, -1, *self.codes.shape[1:])
+        indices += size * torch.arange(partitions, device=self.codes.device).view(-1, 1, 1, 1)
+        sums = code_sums(indices.flatten(0, 1), partitions * size)
+        if self.keep_order:
+            self._order = version, sums
+        return sums
 
 
 def check_layers(model: nn.Module) -> None:
@@ -142,7 +166,9 @@ def check_layers(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def tuned_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[int, torch.dtype]]]:
+def tuned_weights(
+    model: nn.Module, *, keep_order: bool = True
+) -> Iterator[tuple[list[TunedWeight], dict[int, torch.dtype]]]:
     """Inside the block of code, layers multiply with weights that can be tuned, and everything is float32.
 
     Yields each distinct AQLM weight once, and the dtype that each parameter had, by its id. Nothing requires gradients
@@ -156,7 +182,9 @@ def tuned_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[in
                 codebooks = layer._parameters.get("codebooks")
                 if not isinstance(layer, nn.Linear) or codebooks is None:
                     continue
-                tuned = TunedWeight(fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"))
+                tuned = TunedWeight(
+                    fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"), keep_order
+                )
                 tuned = weights.setdefault(id(codebooks), tuned)
                 layer.forward = functools.partial(_forward, layer, tuned)
                 layers.append(layer)

@@ -32,10 +32,11 @@ from torch.utils.checkpoint import checkpoint
 from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.work_folder import fingerprint
 from aqlm_tensor.pv.adam import RelativeAdam
-from aqlm_tensor.pv.codes import FIRST_DAMPING, choose_codes
+from aqlm_tensor.pv.codes import CURVATURE_PASSES, FIRST_DAMPING, choose_codes
 from aqlm_tensor.pv.config import PVConfig
+from aqlm_tensor.pv.graph import GraphedPasses, gpu_of
 from aqlm_tensor.pv.layers import TunedWeight, check_layers, in_turns, tuned_weights
-from aqlm_tensor.pv.loss import Teacher, call_model, check_teacher, token_loss
+from aqlm_tensor.pv.loss import Teacher, TopLogits, call_model, check_teacher, token_loss
 from aqlm_tensor.pv.report import PVReport, PVRound
 from aqlm_tensor.pv.state import TuningFolder, model_tensors
 
@@ -97,7 +98,12 @@ def tune_pv(
         }
         folder = TuningFolder(Path(work_dir), identity, resume=resume)
     modules = [model, *([teacher] if isinstance(teacher, nn.Module) else [])]
-    with torch.enable_grad(), _evaluating(modules), _checkpointed(model, config), tuned_weights(model) as tuned:
+    with (
+        torch.enable_grad(),
+        _evaluating(modules),
+        _checkpointed(model, config),
+        tuned_weights(model, keep_order=not config.gradient_checkpointing) as tuned,
+    ):
         return _Run(model, teacher, batches, held_out, config, *tuned, folder, on_round).run()
 
 
@@ -188,6 +194,14 @@ class _Run:
         self.devices = sorted({p.device for p in self.model.parameters() if p.device.type == "cuda"}, key=str)
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
+        self.replayed = self._graphed()
+
+    def _graphed(self) -> GraphedPasses | None:
+        """Passes as a CUDA graph, if the model and its teacher, a module or none, are on one GPU."""
+        if not self.config.cuda_graph or not (self.teacher is None or isinstance(self.teacher, nn.Module)):
+            return None
+        gpu = gpu_of([self.model, *([] if self.teacher is None else [self.teacher])])
+        return None if gpu is None else GraphedPasses(self._backward, self.adam.gradients, gpu, CURVATURE_PASSES)
 
     @property
     def step(self) -> int:
@@ -230,6 +244,8 @@ class _Run:
         turn = self.turns[number % len(self.turns)] if self.config.code_fraction and end < self.steps else []
         for weight in turn:
             weight.watch()
+        if self.replayed is not None and self.config.code_fraction:
+            self.replayed.restart()  # other weights are watched now, and other codes were chosen
         losses = [self._train(step) for step in range(self.step, end)]
         training = float(torch.stack(losses).mean())
         validation = self._validate()
@@ -248,19 +264,32 @@ class _Run:
         count = self.config.batches_per_step
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for micro in range(step * count, (step + 1) * count):
-            loss = self._loss(self._batch(micro)) / count
-            loss.backward()
-            total += loss.detach().to(total.device)
+            total += self._pass(self._batch(micro)).to(total.device)
         progress = step / self.steps
         lr = self.config.lr * (_LAST_LR + (1 - _LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
         self.adam.step(step + 1, lr)
         return total
 
+    def _pass(self, index: int) -> Tensor:
+        """Add a batch's share to the gradients of a step; its share of the loss."""
+        if self.replayed is not None:
+            return self.replayed(self.batches[index])
+        return self._backward(self.batches[index], self._target(index))
+
+    def _backward(self, batch: Tensor, target: Tensor | TopLogits | None = None) -> Tensor:
+        loss = self._loss(batch, target) / self.config.batches_per_step
+        loss.backward()
+        return loss.detach()
+
     def _probe(self, step: int) -> float:
         """Mean loss of some batches, those of the steps that come next."""
         first = step * self.config.batches_per_step
         coming = range(first, first + min(_PROBED, self.held_out.start))
-        return sum(float(self._loss(self._batch(micro))) for micro in coming) / len(coming)
+        return sum(self._measured(self._batch(micro)) for micro in coming) / len(coming)
+
+    @torch.no_grad()
+    def _measured(self, index: int) -> float:
+        return float(self._loss(self.batches[index], self._target(index)))
 
     def _batch(self, micro: int) -> int:
         """The training batch whose turn it is after so many."""
@@ -272,15 +301,15 @@ class _Run:
         generator = torch.Generator().manual_seed((self.config.seed << 20) + epoch)
         return torch.randperm(self.held_out.start, generator=generator).tolist()
 
-    def _loss(self, index: int) -> Tensor:
-        batch = self.batches[index]
+    def _target(self, index: int) -> Tensor | TopLogits | None:
+        """What was kept of the teacher's words on a batch; None for a teacher that is asked, or none."""
+        return None if self.teacher is None or isinstance(self.teacher, nn.Module) else self.teacher[index]
+
+    def _loss(self, batch: Tensor, target: Tensor | TopLogits | None) -> Tensor:
         with self._precision():
-            target = None
             if isinstance(self.teacher, nn.Module):
                 with torch.no_grad():
                     target = call_model(self.teacher, batch)
-            elif self.teacher is not None:
-                target = self.teacher[index]
             return token_loss(call_model(self.model, batch), batch, target)
 
     def _precision(self) -> torch.autocast:
@@ -298,11 +327,11 @@ class _Run:
             for parameter in self.trained.values():
                 parameter.data = self._stored(parameter)
             sizes = [self.batches[index].numel() for index in self.held_out]
-            losses = [self._loss(index).double().cpu() for index in self.held_out]
+            losses = [self._measured(index) for index in self.held_out]
         finally:
             for parameter, value in zip(self.trained.values(), exact, strict=True):
                 parameter.data = value
-        return sum(size * float(loss) for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
+        return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
     def _stored(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's value in float32, rounded to the dtype in which it is stored."""
