@@ -5,8 +5,9 @@
 
 Each candidate is a CUDA graph of one call for each of a rotation of random weights larger than the L2 cache; graphs are
 replayed in turn, and the median time of a call is reported. Every output is first compared with the float64 product of
-what its weight stands for. Every kernel of the registry that can run a case is a candidate, and the one that would be
-chosen is marked. Competitors are those of providers/gpu.py that are installed.
+what its weight stands for. The kernel of this library that is chosen is a candidate, with --every-kernel all that can
+run the case. Competitors are those of providers/ that are installed, those of 4 bits beside 2x8g8; gemlite, which tunes
+itself for each shape and number of rows, if --gemlite names its bits.
 
 The limit is the time that the stored weight, x and the output take at the rate of a device copy measured in this run,
 or the multiplications at that of a large cuBLAS product, whichever is longer. Writes a CSV file and a plot to
@@ -16,7 +17,7 @@ benchmarks/results/.
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,21 @@ from aqlm_tensor.scheme import AQLMScheme
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
 from harness import RESULTS, Timing, copies_to_exceed_cache, gpu_clocks, provenance, time_in_turn, write_csv
 from plots import plot_gpu_linear
+from providers.gemlite_products import gemlite_product, gemlite_weights
 from providers.gpu import Parts, Provided, int4_weights, official, pytorch_int4
 
-SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672", "28672x8192")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
-SCHEMES = ("2x8g8", "1x8g8", "1x16g8", "1x16g16")
+SHAPES = ("4096x4096", "4096x14336", "8192x28672", "28672x8192")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+LARGE = SHAPES[1:3]
+CASES: dict[str, tuple[Sequence[str], Sequence[int]]] = {  # what runs unless the command line says otherwise
+    "2x8g8": (SHAPES, ROWS),
+    "1x8g8": (LARGE, (1, 4, 16, 64, 512, 2048)),
+    "1x16g8": (SHAPES, (1, 2, 4, 8, 16, 32, 64, 512, 2048)),
+    "1x16g16": (LARGE, (1, 4, 16, 64, 512, 2048)),
+    "4x8g8": (LARGE, (1, 4, 16, 64, 512, 2048)),
+    "8x8g32": (LARGE, (1, 4, 16)),
+    "2x12g8": (LARGE, (1, 4, 16)),
+}
 WRONG = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -130,20 +141,20 @@ def event_seconds(call: Callable[[int], Any], index: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def ours(case: Case, parts: list[Parts], x: Tensor) -> dict[str, Provided]:
-    """Every kernel of the registry that can run the case, the chosen one's name marked."""
+def ours(case: Case, parts: list[Parts], x: Tensor, every: bool) -> dict[str, Provided]:
+    """The kernel that is chosen, its name marked; if `every`, all others that can run the case, too."""
     problem = case.problem(x.shape[0])
     chosen = next(kernel.name for kernel, reason in registry.explain(problem) if reason is None)
     found = {}
     for kernel in registry.KERNELS:
-        if kernel.fast and kernel.why_not(problem) is None:
+        if kernel.name == chosen or (every and kernel.fast and kernel.why_not(problem) is None):
             linear = kernel.function("linear")
             name = f"{kernel.name} (chosen)" if kernel.name == chosen else kernel.name
             found[name] = Provided(lambda i, linear=linear: linear(x, *parts[i], None), len(parts), parts[0])
     return found
 
 
-def measure(case: Case, rows: tuple[int, ...], limits: Limits, seconds: float) -> list[dict[str, Any]]:
+def measure(case: Case, rows: tuple[int, ...], limits: Limits, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One result row for each candidate and number of rows of x."""
     inner, out, dtype = case.in_features, case.out_features, case.dtype
     l2_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
@@ -152,26 +163,31 @@ def measure(case: Case, rows: tuple[int, ...], limits: Limits, seconds: float) -
     parts = [random_parts(case.scheme, out, inner, dtype) for _ in range(copies)]
     dense_copies = max(2, copies_to_exceed_cache(2 * out * inner, l2_bytes))
     dense = [torch.randn(out, inner, device="cuda", dtype=dtype) for _ in range(dense_copies)]
-    int4 = int4_weights(dense) if str(case.scheme) == "2x8g8" else []
+    compared = str(case.scheme) == "2x8g8"
+    int4 = int4_weights(dense) if compared else []
+    tuned = {bits: gemlite_weights(dense[0], bits, copies) for bits in arguments.gemlite if compared}
     weight = exact_weight(parts[0])
     results = []
     for tokens in rows:
         x = torch.randn(tokens, inner, device="cuda", dtype=dtype)
         candidates = {"cuBLAS": Provided(lambda i, x=x: F.linear(x, dense[i]), len(dense), dense[0])}
-        candidates |= ours(case, parts, x) | official(parts, x) | pytorch_int4(int4, x)
+        candidates |= ours(case, parts, x, arguments.every_kernel) | official(parts, x) | pytorch_int4(int4, x)
+        for bits, layers in tuned.items():
+            candidates |= gemlite_product(layers, bits, x)
         calls = {name: replay(provided.call, provided.copies) for name, provided in candidates.items()}
         exact = x.double() @ weight.T
         errors = {}
         for name, provided in candidates.items():
             reference = x.double() @ provided.weight.double().T if isinstance(provided.weight, Tensor) else exact
             errors[name] = float((provided.call(0).double() - reference).norm() / reference.norm())
-        times = time_in_turn(calls, seconds=seconds, rounds=(9, 31), timer=event_seconds)
+        times = time_in_turn(calls, seconds=arguments.seconds, rounds=(9, 31), timer=event_seconds)
         dense_ms = times["cuBLAS"].p50 / len(dense)
         for name, provided in candidates.items():
             limit = 1e3 * limits.seconds(case, tokens, provided.nbytes)
             timing = times[name].of_one(provided.copies)
             results.append(row(case, tokens, name, timing, limit, dense_ms, errors[name]))
-    return results
+    clocks = gpu_clocks()  # takes long: once
+    return [result | {"clocks": clocks} for result in results]
 
 
 def row(
@@ -191,18 +207,19 @@ def row(
         "percent_of_limit": round(100 * limit_ms / timing.p50),
         "relative_error": float(f"{error:.2e}"),
         "right": error < WRONG[case.dtype],
-        "clocks": gpu_clocks(),
     }
 
 
 def main() -> None:
     """Run the benchmark named by the command line."""
     parser = argparse.ArgumentParser(description="AQLM linear layers on an NVIDIA GPU")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="in_features x out_features")
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--shapes", nargs="+", help="in_features x out_features")
+    parser.add_argument("--schemes", nargs="+", default=list(CASES))
+    parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.2, help="per shape, scheme and number of rows")
+    parser.add_argument("--every-kernel", action="store_true", help="time not only the kernel that is chosen")
+    parser.add_argument("--gemlite", nargs="*", type=int, default=[], help="bits of gemlite's weights, which it tunes")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_linear.csv")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -217,14 +234,13 @@ def main() -> None:
     }
     results: list[dict[str, Any]] = []
     with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("shapes", total=len(arguments.shapes) * len(arguments.schemes))
-        for shape in arguments.shapes:
-            for scheme in arguments.schemes:
+        for scheme in progress.track(arguments.schemes):
+            shapes, rows = CASES.get(scheme, (SHAPES, ROWS))
+            for shape in arguments.shapes or shapes:
                 inner, out = map(int, shape.split("x"))
                 case = Case(AQLMScheme.parse(scheme), inner, out, dtype)
-                results += measure(case, tuple(arguments.rows), limits, arguments.seconds)
+                results += measure(case, tuple(arguments.rows or rows), limits, arguments)
                 torch.cuda.empty_cache()
-                progress.advance(task)
                 write_csv(arguments.output, results, origin)
     plot_gpu_linear(arguments.output, arguments.output.with_suffix(".png"))
     table = Table("shape", "scheme", "rows", "kernel", "us", "dense time / its time", "% of limit", "error")

@@ -22,7 +22,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,12 @@ from providers.models import CANDIDATES, convert
 PROMPT = 128
 NEW_TOKENS = 128
 LONG_PROMPT = 2048
-MEASURES = ("first token", "step", "decode graph", "generate")
+MEASURES = {  # and the columns of each
+    "first token": ("first_token_128_ms", "first_token_2048_ms"),
+    "step": ("step_tokens_per_s",),
+    "decode graph": ("compiled_step_tokens_per_s", "decode_graph_generate_tokens_per_s"),
+    "generate": ("generate_tokens_per_s",),
+}
 
 
 def make_model(layers: int) -> Any:
@@ -104,8 +109,8 @@ def time_steps(replay: Callable[[], Any], cache: Any) -> float:
     return statistics.median(times[1:])
 
 
-def decode_graph(model: Any, *, compile: bool) -> tuple[float, ...]:  # noqa: A002 - torch's word
-    """Tokens per second of a captured step, and of `generate` with it, prompt included."""
+def prepare_decode_graph(model: Any, *, compile: bool) -> Callable[[], tuple[float, ...]]:  # noqa: A002 - torch's word
+    """Compile and capture; what then times tokens per second of a captured step, and of `generate` with it."""
     torch.compiler.reset()
     decoder = DecodeGraph(model, max_length=PROMPT + NEW_TOKENS, compile=compile)
     prompt = prompt_of(PROMPT)
@@ -114,12 +119,16 @@ def decode_graph(model: Any, *, compile: bool) -> tuple[float, ...]:  # noqa: A0
         decoder.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
 
     run()
-    assert decoder.replay is not None
-    return 1 / time_steps(decoder.replay, decoder.cache), NEW_TOKENS / seconds_of(run, 3)
+
+    def timed() -> tuple[float, ...]:
+        assert decoder.replay is not None
+        return 1 / time_steps(decoder.replay, decoder.cache), NEW_TOKENS / seconds_of(run, 3)
+
+    return timed
 
 
-def generate(model: Any) -> float:
-    """Seconds of Transformers' `generate` for NEW_TOKENS after PROMPT tokens."""
+def prepare_generate(model: Any) -> Callable[[], tuple[float, ...]]:
+    """Compile; what then times tokens per second of Transformers' `generate` for NEW_TOKENS after PROMPT tokens."""
     torch.compiler.reset()
     model.__dict__.pop("_compiled_call", None)
     prompt = prompt_of(PROMPT)
@@ -128,33 +137,39 @@ def generate(model: Any) -> float:
         model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, cache_implementation="static")
 
     run()
-    return seconds_of(run, 3)
+    return lambda: (NEW_TOKENS / seconds_of(run, 3),)
 
 
-def measure(model: Any, measures: list[str], console: Console) -> dict[str, Any]:
-    """One candidate's results: tokens per second, milliseconds, GiB."""
+def settle() -> float:
+    """Free what is left of the candidate before; GiB of memory that the weights take."""
     gc.collect()  # layers that were replaced refer to themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {"weights_GiB": round(torch.cuda.memory_allocated() / 2**30, 2)}
-    began = time.perf_counter()
-    columns: dict[str, tuple[tuple[str, ...], Callable[[], tuple[float, ...]]]] = {
-        "first token": (
-            ("first_token_128_ms", "first_token_2048_ms"),
-            lambda: (1e3 * first_token(model, PROMPT), 1e3 * first_token(model, LONG_PROMPT)),
-        ),
-        "step": (("step_tokens_per_s",), lambda: decode_graph(model, compile=False)[:1]),
-        "decode graph": (
-            ("compiled_step_tokens_per_s", "decode_graph_generate_tokens_per_s"),
-            lambda: decode_graph(model, compile=True),
-        ),
-        "generate": (("generate_tokens_per_s",), lambda: (NEW_TOKENS / generate(model),)),
-    }
-    for name, (parts, values) in columns.items():
-        found = values() if name in measures else ("",) * len(parts)
-        for part, value in zip(parts, found, strict=True):
-            result[part] = round(value, 2) if isinstance(value, float) else value
-        console.print(f"  {[f'{part} {result[part]}' for part in parts]} at {time.perf_counter() - began:.0f} s")
+    return torch.cuda.memory_allocated() / 2**30
+
+
+def prepare(model: Any, measures: Sequence[str]) -> dict[str, Callable[[], tuple[float, ...]]]:
+    """What measures each quantity, by the names of its parts; compiling and capturing is done, and takes minutes."""
+    ready: dict[str, Callable[[], tuple[float, ...]]] = {}
+    if "first token" in measures:
+        ready["first token"] = lambda: (1e3 * first_token(model, PROMPT), 1e3 * first_token(model, LONG_PROMPT))
+    if "step" in measures:
+        ready["step"] = prepare_decode_graph(model, compile=False)
+    if "decode graph" in measures:
+        ready["decode graph"] = prepare_decode_graph(model, compile=True)
+    if "generate" in measures:  # last, since the others forget what is compiled
+        ready["generate"] = prepare_generate(model)
+    return ready
+
+
+def measure(ready: dict[str, Callable[[], tuple[float, ...]]], console: Console) -> dict[str, Any]:
+    """One candidate's results: tokens per second, milliseconds, GiB."""
+    result: dict[str, Any] = {}
+    for name, columns in MEASURES.items():
+        values = ready[name]() if name in ready else ("",) * len(columns)
+        for column, value in zip(columns, values, strict=False):
+            result[column] = round(value, 2) if isinstance(value, float) else value
+        console.print(f"  {[f'{column} {result[column]}' for column in columns]}")
     result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return result
 
@@ -181,7 +196,8 @@ def main() -> None:
             console.print(f"  left out: {reason}")
             continue
         with torch.inference_mode(False), torch.no_grad():
-            line = measure(model, arguments.measures, console)
+            weights = {"weights_GiB": round(settle(), 2)}
+            line = weights | measure(prepare(model, arguments.measures), console)
             if arguments.profile:
                 profile(model, candidate, arguments.profile)
         results.append({"candidate": candidate, "layers": arguments.layers, **line, "clocks": gpu_clocks()})

@@ -1,11 +1,14 @@
 """Time the kernels that can run a scheme on a device, and note where they cross over.
 
-The stored table stands in for the library's own rules on that device (`aqlm_tensor.kernels.crossovers`). A measurement
-takes some seconds for each scheme, and as long again the first time, when kernels are compiled.
+The stored table stands in for the library's own rules on that device (`aqlm_tensor.kernels.crossovers`). Few rows, as in
+a decode step that is replayed from a CUDA graph, are compared by their time on the GPU; many, as in a prompt, by that or
+the host's time to start them, whichever is longer. A measurement takes some seconds for each scheme, and as long again
+the first time, when kernels are compiled.
 """
 
 import datetime as dt
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -15,12 +18,14 @@ from aqlm_tensor.kernels import registry
 from aqlm_tensor.kernels.crossovers import Crossovers, Table
 from aqlm_tensor.scheme import AQLMScheme
 
-__all__ = ["ROWS", "SHAPES", "graph_seconds", "measure"]
+__all__ = ["ROWS", "SHAPES", "call_seconds", "graph_seconds", "measure"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 SHAPES = ((1024, 1024), (2048, 2048), (4096, 4096), (14336, 4096), (28672, 8192))  # out_features, in_features
 _CLEARLY = 0.97  # the kernel for fewer rows keeps its place unless another takes at most so much of its time
 _REPLAYS = 7
+_REPLAYED_ROWS = 64  # up to so many only the GPU's time counts
+_CALLS, _REPEATS = 16, 25
 _MOST_COPIES = 64
 
 Timer = Callable[[Callable[[int], Tensor], int], float]
@@ -44,7 +49,7 @@ def measure(
         shapes: out_features and in_features of the weights.
         rows: of x, ascending.
         timer: gives the seconds of one call of a function of the weight's number, for so many weights; by default
-            `graph_seconds`, for CUDA devices.
+            `graph_seconds` and beyond 64 rows `call_seconds`, for CUDA devices.
 
     Raises:
         ValueError: if fewer than two fast kernels can run a scheme on the device, so that there is nothing to choose.
@@ -57,7 +62,7 @@ def measure(
         if len(able) < 2:
             found = f"only {', '.join(able)} does" if able else "none does"
             raise ValueError(f"nothing to measure: of the fast kernels {found} {scheme} in {dtype} on {device} here")
-        sizes = (_crossovers(scheme, shape, rows, dtype, device, timer or graph_seconds) for shape in fitting)
+        sizes = (_crossovers(scheme, shape, rows, dtype, device, timer) for shape in fitting)
         table[Table.key(scheme, dtype)] = tuple(sizes)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Table(f"{dt.datetime.now(dt.UTC):%Y-%m-%d} on {name} with torch {torch.__version__}", table)
@@ -77,16 +82,17 @@ def _crossovers(
     rows: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    timer: Timer,
+    timer: Timer | None,
 ) -> Crossovers:
     weights = _random_weights(scheme, shape, dtype, device)
     chosen: list[tuple[int, str]] = []
     for count in rows:
         x = torch.randn(count, shape[1], device=device).to(dtype)
         times: dict[str, float] = {}
+        seconds = timer or (graph_seconds if count <= _REPLAYED_ROWS else call_seconds)
         for kernel in _able(scheme, shape, count, dtype, device):
             linear = kernel.function("linear")
-            times[kernel.name] = timer(lambda i, linear=linear, x=x: linear(x, *weights[i], None), len(weights))
+            times[kernel.name] = seconds(lambda i, linear=linear, x=x: linear(x, *weights[i], None), len(weights))
         best = min(times, key=lambda name: times[name])
         last = chosen[-1][1] if chosen else None
         if last in times and times[best] > _CLEARLY * times[last]:
@@ -132,3 +138,16 @@ def graph_seconds(call: Callable[[int], Tensor], copies: int) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / copies)
     return statistics.median(times[1:])
+
+
+def call_seconds(call: Callable[[int], Tensor], copies: int) -> float:
+    """Time of one of call(0), call(1), ... on the GPU or on the host, which starts it, whichever is longer."""
+    on_gpu = graph_seconds(call, copies)
+    times = []
+    for _ in range(_REPEATS):
+        torch.cuda.synchronize()  # so that the host never waits for room in the stream's queue
+        start = time.perf_counter()
+        for index in range(_CALLS):
+            call(index % copies)
+        times.append((time.perf_counter() - start) / _CALLS)
+    return max(on_gpu, min(times))  # the least: other processes can only make the host slower
