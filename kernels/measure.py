@@ -1,9 +1,9 @@
 """Time the kernels that can run a scheme on a device, and note where they cross over.
 
-The stored table stands in for the library's own rules on that device (`aqlm_tensor.kernels.crossovers`). Few rows, as in
-a decode step that is replayed from a CUDA graph, are compared by their time on the GPU; many, as in a prompt, by that or
-the host's time to start them, whichever is longer. A measurement takes some seconds for each scheme, and as long again
-the first time, when kernels are compiled.
+The stored table stands in for the library's own rules on that device (`aqlm_tensor.kernels.crossovers`). Few rows, as
+in a decode step that is replayed from a CUDA graph, are compared by their time on the GPU; many, as in a prompt, by
+that or the host's time to start them, whichever is longer. A measurement takes some seconds for each scheme, and twice
+that the first time, when kernels are compiled.
 """
 
 import datetime as dt

@@ -18,11 +18,12 @@ _GROUP = 128
 
 def gemlite_weights(weight: Tensor, bits: int, copies: int) -> list[tuple[Any, Tensor]]:
     """Random layers of the shape [O, I] of a weight, in its dtype, each with the dense weight it stands for."""
-    return [_layer(*weight.shape, weight.dtype, bits) for _ in range(copies)]
+    out, inner = weight.shape
+    return [_layer(out, inner, weight.dtype, bits) for _ in range(copies)]
 
 
 def _layer(out: int, inner: int, dtype: torch.dtype, bits: int) -> tuple[Any, Tensor]:
-    from gemlite import DType, GemLiteLinear
+    from gemlite import DType, GemLiteLinear  # pyright: ignore[reportMissingImports]
 
     values = torch.randint(0, 1 << bits, (out, inner), dtype=torch.uint8, device="cuda")
     # powers of two: gemlite multiplies and adds in x's dtype, which then rounds nothing
