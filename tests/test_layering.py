@@ -55,6 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "aqlm_tensor.calibration.calibrate",
         "aqlm_tensor.calibration.memory_model",
+        "aqlm_tensor.calibration.time_model",
         "aqlm_tensor.calibration.allocation",
         "aqlm_tensor.calibration.sensitivity",
     ),

@@ -7,6 +7,7 @@ finished is written to the work folder at once.
 import contextlib
 import errno
 import functools
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from aqlm_tensor.calibration.activations import Activations, Place
 from aqlm_tensor.calibration.block_calls import Batch, BlockCalls, on_device
 from aqlm_tensor.calibration.experts import ExpertObserver, ExpertStack, one_by_one, quantize_expert
 from aqlm_tensor.calibration.finetune import FinetuneConfig, finetune_block
-from aqlm_tensor.calibration.report import BlockReport, CalibratedLayer, Phase, Progress, Stopwatch
+from aqlm_tensor.calibration.report import BlockReport, CalibratedLayer, Pace, Phase, Progress, Stopwatch
 from aqlm_tensor.calibration.work_folder import WorkFolder, continuous
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.linear import set_quantized
@@ -47,6 +48,7 @@ class BlockRun:
         layers: reports so far.
         tuned: reports so far.
         now: phase and index of the block.
+        pace: of the blocks that this run did itself.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class BlockRun:
     layers: list[LayerReport] = field(default_factory=list)
     tuned: list[BlockReport] = field(default_factory=list)
     now: tuple[Phase, int] = ("capture", 0)
+    pace: Pace = field(default_factory=Pace)
 
     def use(self, work: WorkFolder) -> None:
         """Keep finished layers and blocks in a folder, and take those that it holds."""
@@ -86,6 +89,7 @@ class BlockRun:
         inside = set(map(id, block.modules()))
         stacks = [stack for stack in self.stacks if id(stack.module) in inside]
         finished = index in self.finished_blocks
+        self.pace.begin(sum(layer.weight.numel() for layer in (*(target.module for target in targets), *stacks)))
         with on_device(block, self.device):
             if (targets or stacks) and not finished:
                 outputs = self._quantize_layers(index, block, targets, stacks)
@@ -99,6 +103,8 @@ class BlockRun:
             if index + 1 < len(self.blocks):
                 with dense_weights(block), self._phase("propagate", index):
                     self.calls.inputs = self._outputs(index)
+        if not finished:
+            self.pace.end()
 
     def _quantize_layers(
         self, index: int, block: nn.Module, targets: list[Target], stacks: list[ExpertStack]
@@ -270,10 +276,13 @@ class BlockRun:
             yield
 
     def _tell(self, layer: LayerReport | None = None) -> None:
+        self.pace.quantized(0 if layer is None else math.prod(layer.shape))
         if self.on_progress is not None:
             phase, index = self.now
+            blocks = len(self.blocks)
             total = len(self.targets) + sum(len(stack.weight) for stack in self.stacks)
-            self.on_progress(Progress(phase, index, len(self.blocks), len(self.layers), total, layer))
+            left = self.pace.left(blocks - index - 1)
+            self.on_progress(Progress(phase, index, blocks, len(self.layers), total, layer, *left))
 
     @contextlib.contextmanager
     def remedies(self, work_dir: str | Path | None) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """How much memory and disk `calibrate` will take, from the shapes of a model: it may be on the meta device.
 
 A block is on the device with its inputs, the X^T X of its layers, and what the phase at hand needs. The layer solver
-needs most: factorising X^T X in float64 takes 12 float32 matrices [I, I], the search 3 of those and 5.5 of the
-weight's size, and a codebook of 2^16 entries some more. These factors were measured on one H100 (layers of 4096x4096
-to 8192x28672); whole runs of blocks of a 7B and a 70B shape took within 1 % of what is predicted here.
+needs most: factorising X^T X in float64 takes 4 float32 matrices [I, I], the search 3 of those and 5.5 of the weight's
+size, and a codebook of 2^16 entries some more. These factors were measured on one H100 (layers of 4096x4096 to
+8192x28672); the phases of blocks of a 7B shape took within 3 % of what is predicted here, the largest within 1 %.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,14 @@ from aqlm_tensor.blocks import find_blocks, linears_of
 from aqlm_tensor.calibration.activations import Place
 from aqlm_tensor.calibration.report import Phase
 from aqlm_tensor.config import AQLMWeightConfig
+from aqlm_tensor.fusion import SIBLINGS
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.targets import why_incompatible
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["MemoryEstimate", "estimate_memory", "shared_inputs"]
 
 _FLOAT = 4
-_FACTORISING = 12  # float32 matrices [I, I]
+_FACTORISING = 4  # float32 matrices [I, I]
 _SEARCH = (3, 5.5)  # float32 matrices [I, I], and copies of the weight in float32
 _BYTES_PER_ENTRY = 10_000  # of k-means
 _LIBRARIES = 32 << 20  # workspace of cuBLAS
@@ -63,8 +64,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict the memory that `calibrate` takes.
 
-    It counts layers as if no two read the same input, and of a forward pass the widest tensors; attention without a
-    fused kernel takes more.
+    Layers share an input if their names say so (q, k, v; gate, up). Of a forward pass the widest tensors count;
+    attention without a fused kernel takes more.
 
     Args:
         model: of the shapes in question.
@@ -114,27 +115,45 @@ def _block_peaks(
     dense, item, width = _nbytes(block), _item(block), _width(block)
     inputs = tokens * width * item if keep_inputs == "device" else batch_tokens * width * item
     targets = inputs if finetune else 0
-    features = sum(layer.in_features + layer.out_features for layer in layers)
+    shared = shared_inputs(block, layers)
+    reads = [group[0].in_features for group in shared]
     widest = max(max(layer.in_features, layer.out_features) for layer in layers)
     passing = batch_tokens * item * (3 * widest + 4 * width)
-    sums = [_FLOAT * layer.in_features**2 for layer in layers]
-    chunk = _FLOAT * min(batch_tokens, _CHUNK_TOKENS) * max(layer.in_features for layer in layers)
+    chunk = _FLOAT * min(batch_tokens, _CHUNK_TOKENS) * max(reads)
     peaks: dict[Phase, int] = {
         "capture": dense + inputs + passing,
-        "calibrate": dense + inputs + targets + sum(sums) + 2 * max(sums) + chunk + passing,
+        "calibrate": dense + inputs + targets + sum(map(_sum, reads)) + _sum(max(reads)) // 2 + chunk + passing,
         "propagate": 2 * dense + 2 * inputs + passing,
         "quantize": 0,
     }
     left = dense
-    for number, layer in enumerate(layers):
-        solving = _solver(layer, scheme) + sums[number]  # and a copy of X^T X
-        peaks["quantize"] = max(peaks["quantize"], left + inputs + targets + sum(sums[number:]) + solving)
-        left += _stored(scheme, layer) - layer.weight.nbytes
+    for number, group in enumerate(shared):
+        # of this group rounded to float32, of later ones as they were added up
+        sums = _sum(reads[number]) // 2 + sum(map(_sum, reads[number + 1 :]))
+        for layer in group:
+            peaks["quantize"] = max(peaks["quantize"], left + inputs + targets + sums + _solver(layer, scheme))
+            left += _stored(scheme, layer) - layer.weight.nbytes
     if finetune:
         largest = max(layer.weight.numel() for layer in layers)
-        kept = batch_tokens * _FLOAT * (features + 10 * width)  # for the backward pass
-        peaks["fine-tune"] = left + inputs + targets + 3 * _FLOAT * largest + 2 * kept
+        features = sum(reads) + sum(layer.out_features for layer in layers) + 4 * width  # kept for the backward pass
+        peaks["fine-tune"] = left + inputs + targets + _FLOAT * (largest + batch_tokens * (features + 2 * widest))
     return peaks
+
+
+def shared_inputs(block: nn.Module, layers: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
+    """Layers of a block in groups that read the same tensor, by their names."""
+    names = {module: name for name, module in block.named_modules()}
+    groups: dict[tuple[str, ...], list[nn.Linear]] = {}
+    for layer in layers:
+        parent, _, name = names[layer].rpartition(".")
+        family = next((tuple(family) for family in SIBLINGS if name in family), (name,))
+        groups.setdefault((parent, *family), []).append(layer)
+    return list(groups.values())
+
+
+def _sum(in_features: int) -> int:
+    """Bytes of X^T X while batches are added."""
+    return 2 * _FLOAT * in_features**2
 
 
 def _solver(layer: nn.Linear, scheme: AQLMScheme) -> int:

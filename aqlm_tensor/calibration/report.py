@@ -7,11 +7,12 @@ errors and times of every layer and block, and the memory that it took.
 import json
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -20,10 +21,20 @@ import torch
 from aqlm_tensor.api import QuantizationReport
 from aqlm_tensor.handler import LayerReport
 
-__all__ = ["BlockReport", "CalibratedLayer", "CalibrationReport", "Phase", "Progress", "RunRecord", "Stopwatch"]
+__all__ = [
+    "BlockReport",
+    "CalibratedLayer",
+    "CalibrationReport",
+    "MeasuredPerplexity",
+    "Pace",
+    "Phase",
+    "Progress",
+    "RunRecord",
+    "Stopwatch",
+]
 
 Phase = Literal["capture", "calibrate", "quantize", "fine-tune", "propagate"]
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGES = ("aqlm-tensor", "torch", "torchao", "transformers", "numba", "triton")
 
 
@@ -39,6 +50,8 @@ class Progress:
         done: layers quantized so far.
         layers: layers to quantize in all.
         layer: report of the layer that was just quantized, if one was.
+        block_left: estimated seconds until the block is done; None while there is nothing to tell from.
+        left: the same of the run.
     """
 
     phase: Phase
@@ -47,6 +60,8 @@ class Progress:
     done: int
     layers: int
     layer: LayerReport | None = None
+    block_left: float | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,25 @@ class BlockReport:
     error_before: float
     error_after: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class MeasuredPerplexity:
+    """What the model made of a text at some point of the run.
+
+    Attributes:
+        stage: "dense", "calibrated", or "tuned" end to end.
+        blocks: quantized so far.
+        perplexity: as `aqlm_tensor.evaluate.perplexity` measures it.
+        seqlen: tokens of a window.
+        predicted: tokens that were predicted.
+    """
+
+    stage: Literal["dense", "calibrated", "tuned"]
+    blocks: int
+    perplexity: float
+    seqlen: int
+    predicted: int
 
 
 @dataclass(frozen=True)
@@ -108,10 +142,12 @@ class CalibrationReport(QuantizationReport):
     Attributes:
         blocks: a report for each block that was fine-tuned.
         run: what the run was made from and what it took.
+        perplexity: what was measured on the way, by whoever had a text.
     """
 
     blocks: tuple[BlockReport, ...] = ()
     run: RunRecord | None = None
+    perplexity: tuple[MeasuredPerplexity, ...] = ()
 
     def __str__(self) -> str:
         lines = [super().__str__()]
@@ -124,14 +160,17 @@ class CalibrationReport(QuantizationReport):
                 f"fine-tuned {len(self.blocks)} blocks, error of their outputs {before / len(self.blocks):.3g} -> "
                 f"{after / len(self.blocks):.3g} on average, in {seconds:.1f} s"
             )
+        if self.perplexity:
+            points = ", ".join(f"{point.perplexity:.2f} {point.stage} ({point.blocks})" for point in self.perplexity)
+            lines.append(f"perplexity (with so many blocks quantized): {points}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """The whole report as one JSON document.
 
         Its keys are "format_version", "totals" ("layers", "weights", "bits_per_weight", "activation_error" and
-        "weight_error", both weighted by the number of weights, and "layer_seconds"), "layers", "blocks", "skipped" and
-        the fields of `RunRecord`.
+        "weight_error", both weighted by the number of weights, and "layer_seconds"), "layers", "blocks", "perplexity",
+        "skipped" and the fields of `RunRecord`.
         """
         return json.dumps(
             {
@@ -139,10 +178,32 @@ class CalibrationReport(QuantizationReport):
                 "totals": self._totals(),
                 "layers": [asdict(layer) for layer in self.layers],
                 "blocks": [asdict(block) for block in self.blocks],
+                "perplexity": [asdict(point) for point in self.perplexity],
                 "skipped": self.skipped,
                 **({} if self.run is None else asdict(self.run)),
             },
             indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, document: str) -> "CalibrationReport":
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: for a document that is something else, or of another version.
+        """
+        found = json.loads(document)
+        if not isinstance(found, dict) or found.get("format_version") != _FORMAT:
+            raise ValueError("this is no report of calibrate, or one of another version")
+        layers = tuple(CalibratedLayer(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"])
+        record = {field.name: found[field.name] for field in fields(RunRecord) if field.name in found}
+        return cls(
+            layers,
+            (),
+            found["skipped"],
+            tuple(BlockReport(**block) for block in found["blocks"]),
+            RunRecord(**record) if record else None,
+            tuple(MeasuredPerplexity(**point) for point in found["perplexity"]),
         )
 
     def _totals(self) -> dict[str, Any]:
@@ -157,6 +218,42 @@ class CalibrationReport(QuantizationReport):
             means |= {"activation_error": mean("relative_error"), "weight_error": mean("weight_error")}
         seconds = sum(layer.seconds for layer in self.layers)
         return {"layers": len(sizes), "weights": weights, **means, "layer_seconds": seconds}
+
+
+class Pace:
+    """How fast blocks are done, to tell how long the others will take.
+
+    Once a block is done, the others are expected to take the median of such blocks; within the first, time is taken to
+    be in proportion to the weights that are quantized.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[float] = []
+        self.begin(0)
+
+    def begin(self, weights: int) -> None:
+        """A block of so many weights begins."""
+        self._start, self._weights, self._quantized = time.perf_counter(), weights, 0
+
+    def quantized(self, weights: int) -> None:
+        """So many more of its weights are quantized."""
+        self._quantized += weights
+
+    def end(self) -> None:
+        """It is done."""
+        self._blocks.append(time.perf_counter() - self._start)
+
+    def left(self, blocks: int) -> tuple[float | None, float | None]:
+        """Seconds left of the block, and of the run if it has so many blocks behind this one; None if not known."""
+        spent = time.perf_counter() - self._start
+        if self._blocks:
+            whole = statistics.median(self._blocks)
+        elif self._quantized:
+            whole = spent * self._weights / self._quantized
+        else:
+            return None, None
+        block = max(whole - spent, 0.0)
+        return block, block + blocks * whole
 
 
 @dataclass

@@ -53,6 +53,8 @@ class HessianAccumulator:
         rows = x.detach().reshape(-1, x.shape[-1])
         if rows.shape[0] == 0:
             return
+        if self._sum is not None:
+            self._sum = self._wide()  # before there is a product beside it
         product = torch.zeros(self.in_features, self.in_features, device=x.device, dtype=torch.float32)
         for chunk in rows.split(_CHUNK_TOKENS):
             chunk = chunk.float()

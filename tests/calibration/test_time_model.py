@@ -1,0 +1,57 @@
+"""estimate_seconds and what is told while a run goes on: against times measured on one H100, and a clock."""
+
+import pytest
+import torch
+from torch import nn
+
+from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, SolverConfig
+from aqlm_tensor.calibration import report
+from aqlm_tensor.calibration.report import Pace
+from aqlm_tensor.calibration.time_model import estimate_seconds, layer_seconds
+from aqlm_tensor.scheme import AQLMScheme
+from tests.calibration.test_memory_model import Block
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "measured"),
+    [
+        ((576, 576), "2x8g8", 0.148),
+        ((4096, 4096), "2x8g8", 0.772),
+        ((14336, 4096), "2x8g8", 2.591),
+        ((28672, 8192), "2x8g8", 13.774),
+        ((4096, 4096), "1x16g8", 11.078),
+        ((14336, 4096), "1x16g8", 13.977),
+    ],
+)
+def test_layers_that_were_measured_on_a_gpu(shape: tuple[int, int], scheme: str, measured: float) -> None:
+    assert layer_seconds(*shape, AQLMScheme.parse(scheme), SolverConfig()) == pytest.approx(measured, rel=0.17)
+
+
+def test_a_run_that_was_measured_on_a_gpu() -> None:
+    """SmolLM2-135M, 128 windows of 1024 tokens in batches of 4, 8 rounds, fine-tuned: 118 s."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.ModuleList(Block(576, 1536, 192) for _ in range(30)))
+    config = AQLMWeightConfig("2x8g8", solver=SolverConfig(max_rounds=8))
+    seconds = estimate_seconds(model, config, tokens=131072, batch_tokens=4096, finetune=FinetuneConfig())
+    assert sum(seconds.values()) == pytest.approx(118, rel=0.1)
+    plain = estimate_seconds(model, config, tokens=131072, batch_tokens=4096)
+    assert {phase: seconds[phase] for phase in plain} == plain
+    assert set(seconds) - set(plain) == {"fine-tune"}
+
+
+def test_time_left_is_told_from_blocks_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    pace = Pace()
+    pace.begin(100)
+    assert pace.left(2) == (None, None)
+    now = 5.0
+    pace.quantized(25)
+    assert pace.left(2) == (15.0, 55.0), "a quarter took 5 s"
+    now = 30.0
+    pace.end()
+    pace.begin(100)
+    now = 34.0
+    assert pace.left(1) == (26.0, 56.0)
+    now = 70.0
+    assert pace.left(1) == (0.0, 30.0)
