@@ -269,7 +269,10 @@ class Kernel:
         """
         attributes = _OVERLAP_ADDRESS if overlap and self.can_overlap else 0
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        taken = _free_buffers.pop() if _free_buffers else _new_buffer()
+        try:
+            taken = _free_buffers.pop()
+        except IndexError:
+            taken = _new_buffer()
         buffer, _, address = taken
         _CONFIG.pack_into(
             *(buffer, 0, *grid, threads, 1, 1, shared_bytes, stream, attributes, 1 if attributes else 0),

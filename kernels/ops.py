@@ -126,7 +126,10 @@ def _like(flat: Tensor, x: Tensor) -> Tensor:
 
 def _linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     problem = _problem("linear", x, codes, codebooks, scales, bias)
-    return _like(implementation(problem)(_flat(x), codes, codebooks, scales, bias), x)
+    linear = implementation(problem)
+    if x.dim() == 2:
+        return linear(x, codes, codebooks, scales, bias)
+    return _like(linear(x.reshape(problem.rows, problem.in_features), codes, codebooks, scales, bias), x)
 
 
 def _linear_input_grad(grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
