@@ -25,7 +25,7 @@ SHAPES = ((1024, 1024), (2048, 2048), (4096, 4096), (14336, 4096), (28672, 8192)
 _CLEARLY = 0.97  # the kernel for fewer rows keeps its place unless another takes at most so much of its time
 _REPLAYS = 7
 _REPLAYED_ROWS = 64  # up to so many only the GPU's time counts
-_CALLS, _REPEATS = 16, 25
+_CALLS, _REPEATS = 16, 15
 _MOST_COPIES = 64
 
 Timer = Callable[[Callable[[int], Tensor], int], float]
