@@ -80,7 +80,7 @@ def launch(
         *divmod(superblocks, splits),
         slots,
     )
-    kernel.launch(grid, threads, shared_bytes, _PARAMS.pack(*values))
+    kernel.launch(grid, threads, shared_bytes, _PARAMS.pack(*values), overlap=True)
     if partial is not None:
         finish(partial, scales, bias, out)
 

@@ -239,7 +239,7 @@ def run_plan(
     partial = torch.empty(plan.grid[0], *out.shape, dtype=torch.float32, device=x.device)
     values = (x.data_ptr(), fragments.data_ptr(), x.stride(0), shape.tokens, shape.groups, superblocks)
     blocks = math.ceil(fragment_bytes / (16 * _FRAGMENT_THREADS))
-    slice_x.launch((blocks, 1, 1), _FRAGMENT_THREADS, 0, _FRAGMENT_PARAMS.pack(*values))
+    slice_x.launch((blocks, 1, 1), _FRAGMENT_THREADS, 0, _FRAGMENT_PARAMS.pack(*values), overlap=True)
     tiles = math.ceil(shape.rows / variant.tile_rows)
     values = (
         fragments.data_ptr(),

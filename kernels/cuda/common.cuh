@@ -130,6 +130,20 @@ __device__ __forceinline__ void load_once(const u8* from, bool wanted, u32 (&wor
       : "l"(from), "r"(static_cast<u32>(wanted)));
 }
 
+// Wait for the kernel before this one in the stream, whose end this one need not have waited for to start (programmatic
+// dependent launch), and let the next start in turn. Nothing may be read from global memory before, not even weights,
+// which an optimizer may just have written; and because every block lets go only then, the next kernel may count on all
+// that came before this one.
+__device__ __forceinline__ void begin_after_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Bring what will be read near: the second level of the cache sees later writes.
+__device__ __forceinline__ void prefetch_to_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // The thread's number as a value that the compiler cannot compute ahead: what is derived from it in a rarely run part
 // of a kernel then takes no registers in the hot loop.
 __device__ __forceinline__ int opaque_thread() {

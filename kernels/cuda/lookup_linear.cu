@@ -254,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
       }
     }
   };
+  begin_after_previous_kernel();
   if (blocks > 0 && first_tile < last_tile) {
     stage_x(p, slots, first_block, group_thread);
     fetch(first_tile, first_block);
@@ -261,9 +262,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lookup_linear(const 
   const float unit = fill_books<WARPS * 32>(
       reinterpret_cast<const uint4*>(p.books) + (static_cast<long long>(blockIdx.z) * NUM_BOOKS << NBITS), books,
       reinterpret_cast<u32*>(sums));
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
-#endif
   __syncthreads();
 
   int slot = 0;

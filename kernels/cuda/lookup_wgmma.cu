@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     }
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
+  begin_after_previous_kernel();
   const int bx = blockIdx.x, by = blockIdx.y;
   Work work;
   work.first_tile = bx * p.tiles_each + min(bx, p.tiles_over);

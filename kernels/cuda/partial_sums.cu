@@ -143,6 +143,15 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 1) partial_sums(const 
   const int vector = min(static_cast<int>(blockIdx.x) * 32 + lane, p.groups / kSlots - 1);
   const u8* codes = p.codes + static_cast<long long>(blockIdx.z) * p.rows * p.code_stride + vector * 4;
 
+#pragma unroll
+  for (int r = 0; r < 2 * kRows; ++r) {
+    const int row = min((first_unit + r / kRows * kWarps) * kRows + r % kRows, p.rows - 1);
+    prefetch_to_l2(codes + row * p.code_stride);
+  }
+  if (threadIdx.x < NUM_BOOKS * kEntries / 8) {
+    prefetch_to_l2(p.books + (static_cast<long long>(blockIdx.z) * NUM_BOOKS * kEntries + threadIdx.x * 8) * 4);
+  }
+  begin_after_previous_kernel();
   u32 words[3][kRows];
   auto fetch = [&](int unit, u32 (&to)[kRows]) {
 #pragma unroll
@@ -153,9 +162,6 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 1) partial_sums(const 
   fetch(first_unit, words[0]);
   fetch(first_unit + kWarps, words[1]);
   build_tables(p, tables, warp, lane);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait
-#endif
   __syncthreads();
 
   float* out = p.partial + (static_cast<long long>(blockIdx.x) * gridDim.z + blockIdx.z) * p.rows;

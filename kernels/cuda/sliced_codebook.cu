@@ -307,9 +307,7 @@ struct FragmentParams {
 
 // Arrange x as the A fragments of `sliced_codebook`, zeros beyond the last token and group. One thread for each 16 bytes.
 extern "C" __global__ void __launch_bounds__(256) slice_x(const __grid_constant__ FragmentParams p) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // sliced_codebook may load its table meanwhile
-#endif
+  begin_after_previous_kernel();  // sliced_codebook may load its table meanwhile
   const int rows = fragment_rows(p.tokens);
   const int i = blockIdx.x * 256 + threadIdx.x;
   int rest = i / (4 * kFragments);

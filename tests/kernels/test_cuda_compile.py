@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from aqlm_tensor.kernels import cuda_dequantize, cuda_lookup, cuda_runtime, cuda_sliced_codebook
+from aqlm_tensor.kernels import (
+    cuda_dequantize,
+    cuda_few_tokens,
+    cuda_lookup,
+    cuda_runtime,
+    cuda_sliced_codebook,
+)
 from aqlm_tensor.kernels.cuda_linear_launch import Shape
 
 pytest.importorskip("cuda.core", reason="needs cuda-core")
@@ -55,6 +61,10 @@ def test_others_compile(arch: str) -> None:
     if arch != "sm_75":
         defines = (("NUM_BOOKS", 1 + (arch == "sm_80")), ("NBITS", 8), ("DTYPE_BF16", int(arch != "sm_80")))
         assert b"partial_sums" in cuda_runtime.compile_source("partial_sums.cu", defines, arch)
+        constants = cuda_few_tokens.defines(2 - (arch == "sm_80"), 8, torch.bfloat16 if dtype else torch.float16)
+        code = cuda_runtime.compile_source("few_tokens.cu", constants, arch)
+        assert b"few_tokens" in code
+        assert b"finish_few_tokens" in code
     defines = (("NUM_BOOKS", 3), ("NBITS", 7), ("TOKENS", 8))
     assert b"lookup_float32" in cuda_runtime.compile_source("lookup_float32.cu", defines, arch)
 

@@ -42,6 +42,7 @@ FEW_TOKENS = [  # kernels that read the codes, and schemes they are for
     pytest.param(cuda_sliced_codebook.linear, "1x16g8", id="1x16g8"),
     pytest.param(cuda_sliced_codebook.linear, "1x16g16", id="1x16g16"),
 ]
+PARTIAL_SUMS = pytest.param(cuda_partial_sums.linear, "2x8g8", id="partial sums")
 
 
 def runs(module, op: Op, case: Case) -> bool:
@@ -75,11 +76,19 @@ def test_partial_sums(case: Case) -> None:
     assert_linear(cuda_partial_sums.linear, on_gpu(case))
 
 
+@given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=st.sampled_from((2, 3, 4))))
+def test_partial_sums_of_few_tokens(case: Case) -> None:
+    case = replace(case, in_groups=case.in_groups + -case.in_groups % 16)  # whole vectors of codes for each lane
+    assume(runs(cuda_partial_sums, "linear", case))
+    assert_linear(cuda_partial_sums.linear, on_gpu(case))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8"])
-@pytest.mark.parametrize(("in_features", "out_features"), [shape for shape in SHAPES if shape[0] % 64 == 0])
-def test_partial_sums_shapes(scheme: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-    codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, 1, dtype)
+@pytest.mark.parametrize(("in_features", "out_features"), [shape for shape in SHAPES if shape[0] % 128 == 0])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_partial_sums_shapes(scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> None:
+    codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, rows, dtype)
     y = cuda_partial_sums.linear(x, codes, codebooks, scales, bias)
     assert_same_bits(y, cuda_partial_sums.linear(x, codes, codebooks, scales, bias), "a second run gave other bits")
     error = relative_error(y, product(x, codes, codebooks, scales) + bias.double())
@@ -154,6 +163,15 @@ def test_partitions(linear: Linear, scheme: str, partitions: int, rows: int) -> 
     assert_input_grad(cuda_dequantize.linear_input_grad, on_gpu(case))
 
 
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8", "2x6g8"])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_partial_sums_partitions(rows: int, scheme: str) -> None:
+    case = Case(AQLMScheme.parse(scheme), 300 * 3, 96, rows, torch.bfloat16, 3, bias=True)
+    for values in ("normal", "wide", "exact", "nonfinite", "bad_entry"):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert_linear(cuda_partial_sums.linear, on_gpu(replace(case, dtype=dtype, values=values)))
+
+
 @pytest.mark.parametrize("workspace", [50_000, 100_000, 500_000])
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8"])
 def test_pieces(scheme: str, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,19 +184,20 @@ def test_pieces(scheme: str, workspace: int, monkeypatch: pytest.MonkeyPatch) ->
     assert_linear(cuda_dequantize.linear, on_gpu(replace(case, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
 def test_sliced_codes(linear: Linear, scheme: str) -> None:
     """Rows of codes that start at odd addresses or lie farther apart than they are long are read where they are."""
     codes, codebooks, scales, bias, x = random_layer(scheme, 1024, 200, 4, torch.bfloat16)
     whole = linear(x, codes, codebooks, scales, bias)
-    for start in (0, 1, 8):
+    for start in (0, 1, 8) if linear is not cuda_partial_sums.linear else (0, 8):
         part, some = codes[:, start:], x[:, start * codebooks.shape[3] :]
         expected = linear(some.contiguous(), part.contiguous(), codebooks, scales, bias)
         torch.testing.assert_close(linear(some, part, codebooks, scales, bias), expected)
-    assert_same_bits(whole[:, 50:], linear(x, codes[50:], codebooks, scales[50:], bias[50:]))
+    first = 48 if linear is cuda_partial_sums.linear else 50  # that order of adding depends on a row's place among 8
+    assert_same_bits(whole[:, first:], linear(x, codes[first:], codebooks, scales[first:], bias[first:]))
 
 
-@pytest.mark.parametrize(("linear", "scheme"), FEW_TOKENS)
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
 def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
     codes, codebooks, scales, bias, x = random_layer(scheme, 2048, 1024, 3, torch.bfloat16)
     expected = linear(x, codes, codebooks, scales, bias)
@@ -198,6 +217,27 @@ def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
     torch.cuda.synchronize()
     for output in outputs:
         assert_same_bits(output, y)
+
+
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_operands_written_by_the_kernel_before(linear: Linear, scheme: str, rows: int) -> None:
+    """A kernel that starts before the one ahead of it has ended still reads what that wrote, weights included."""
+    first = random_layer(scheme, 4096, 4096, rows, torch.bfloat16)
+    second = random_layer(scheme, 4096, 4096, rows, torch.bfloat16)
+    expected = []
+    for codes, codebooks, scales, bias, x in (first, second):
+        torch.cuda.synchronize()
+        expected.append(linear(x, codes, codebooks, scales, bias))
+    now = [operand.clone() for operand in first]
+    outputs = []
+    for step in range(20):
+        for operand, source in zip(now, (first, second)[step % 2], strict=True):
+            operand.copy_(source)
+        codes, codebooks, scales, bias, x = now
+        outputs.append(linear(x, codes, codebooks, scales, bias))
+    for step, output in enumerate(outputs):
+        assert_same_bits(output, expected[step % 2])
 
 
 @pytest.mark.parametrize(
