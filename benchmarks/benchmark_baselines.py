@@ -35,7 +35,7 @@ from aqlm_tensor.calibration.allocation import Allocation, LayerGroup, choose_sc
 from aqlm_tensor.calibration.sensitivity import SCHEMES, measure_schemes
 from aqlm_tensor.calibration.sources import TextFile, TokenFile, parse_source
 from aqlm_tensor.cli.output import failures, note
-from aqlm_tensor.cli.quantize import batched
+from aqlm_tensor.cli.progress import batched
 from aqlm_tensor.evaluate import perplexity, windows
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from aqlm_tensor.scheme import AQLMScheme

@@ -29,7 +29,7 @@ import aqlm_tensor.integrations.peft_lora  # noqa: F401 - teaches PEFT
 from aqlm_tensor import SolverConfig, aqlm_2x8
 from aqlm_tensor.blocks import sample_windows
 from aqlm_tensor.cli.output import failures, note, phase
-from aqlm_tensor.cli.quantize import batched, quantize_with_bar
+from aqlm_tensor.cli.progress import batched, quantize_with_bar
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize
 

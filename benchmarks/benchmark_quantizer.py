@@ -24,7 +24,7 @@ import torch
 from aqlm_tensor import AQLMWeightConfig, SolverConfig, aqlm_2x8, quantize_
 from aqlm_tensor.blocks import in_blocks
 from aqlm_tensor.cli.output import failures, note
-from aqlm_tensor.cli.quantize import batched, quantize_with_bar
+from aqlm_tensor.cli.progress import batched, quantize_with_bar
 from aqlm_tensor.cli.run import perplexity_with_bar
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 

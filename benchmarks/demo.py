@@ -24,7 +24,7 @@ from rich.table import Table
 from aqlm_tensor import AQLMTensor, SolverConfig, aqlm_2x8
 from aqlm_tensor.blocks import find_blocks, sample_windows
 from aqlm_tensor.cli.output import failures, phase
-from aqlm_tensor.cli.quantize import batched, quantize_with_bar
+from aqlm_tensor.cli.progress import batched, quantize_with_bar
 from aqlm_tensor.cli.run import perplexity_with_bar
 from aqlm_tensor.evaluate import Generation, generate
 from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize

@@ -79,6 +79,11 @@ def quantize(
     keep_inputs: Annotated[
         str, typer.Option(help="Where inputs of blocks wait: device, cpu or disk. Saves memory, costs time.")
     ] = "device",
+    eval_data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to measure perplexity on, before and after, for the report.")
+    ] = None,
+    eval_seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window of that text.")] = 2048,
+    eval_every: Annotated[int, typer.Option(min=0, help="Measure after every so many blocks, too.")] = 0,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Keep finished layers here, so that the run can be resumed.", show_default="OUT.work"),
@@ -94,35 +99,40 @@ def quantize(
     """Quantize the linear layers of a model's blocks and save a folder that Transformers can load.
 
     With --data finished layers are kept beside OUT until the end: after Ctrl-C, a crash or a full disk the same command
-    with --resume goes on to the same result. OUT holds a report, quantization_report.json. Started by torchrun
-    (torchrun --nproc-per-node 8 --no-python aqlm-tensor quantize ... --device cuda), each GPU quantizes a share of the
-    layers.
+    with --resume goes on to the same result. OUT holds a report, quantization_report.json, and a plot of it. Started by
+    torchrun (torchrun --nproc-per-node 8 --no-python aqlm-tensor quantize ... --device cuda), each GPU has a share of
+    the windows and the layers, and the result is the same.
     """
     with failures():
-        from aqlm_tensor.cli.quantize import run
+        from aqlm_tensor.cli.quantize import Options, run
 
         run(
-            model,
-            out,
-            scheme,
-            gguf_file=gguf_file,
-            data=data,
-            bits=bits,
-            schemes=schemes,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            finetune=finetune,
-            tune=tune,
-            blockwise=blockwise,
-            true_sequential=true_sequential,
-            keep_inputs=keep_inputs,
-            work_dir=work_dir,
-            resume=resume,
-            dtype=dtype,
-            device=device,
-            force=force,
-            as_json=as_json,
+            Options(
+                model=model,
+                out=out,
+                scheme=scheme,
+                gguf_file=gguf_file,
+                data=data,
+                bits=bits,
+                schemes=schemes,
+                nsamples=nsamples,
+                seqlen=seqlen,
+                seed=seed,
+                finetune=finetune,
+                tune=tune,
+                blockwise=blockwise,
+                true_sequential=true_sequential,
+                keep_inputs=keep_inputs,
+                eval_data=eval_data,
+                eval_seqlen=eval_seqlen,
+                eval_every=eval_every,
+                work_dir=work_dir,
+                resume=resume,
+                dtype=dtype,
+                device=device,
+                force=force,
+                as_json=as_json,
+            )
         )
 
 
@@ -138,7 +148,10 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="As for quantize.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Tell how much memory and disk quantizing a model block by block will take; reads its config only."""
+    """Tell how much memory, disk and time quantizing a model block by block will take; reads its config only.
+
+    The time is that of one H100, on which it was measured.
+    """
     with failures():
         from aqlm_tensor.cli.estimate import run
 
@@ -208,6 +221,19 @@ def inspect(
         from aqlm_tensor.cli.tables import inspect
 
         inspect(path, as_json=as_json)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder that quantize wrote, or its report.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this file, .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what quantize reported: errors and seconds by layer and block, totals, perplexities."""
+    with failures():
+        from aqlm_tensor.cli.saved_report import run
+
+        run(path, plot, as_json=as_json)
 
 
 @app.command()

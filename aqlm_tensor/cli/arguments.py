@@ -47,18 +47,18 @@ def parse_rows(text: str) -> list[int]:
     return rows
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that is not empty."""
+def read_text(path: Path, option: str = "--data") -> str:
+    """The text of a file that is not empty, which an option names."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"--data {str(path)!r} does not exist: pass a UTF-8 text file") from None
+        raise UsageError(f"{option} {str(path)!r} does not exist: pass a UTF-8 text file") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"--data {str(path)!r} is not UTF-8 text ({error}): convert it first") from None
+        raise UsageError(f"{option} {str(path)!r} is not UTF-8 text ({error}): convert it first") from None
     except OSError as error:
-        raise UsageError(f"--data {str(path)!r} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise UsageError(f"--data {str(path)!r} is empty: pass a text with some thousand words")
+        raise UsageError(f"{option} {str(path)!r} is empty: pass a text with some thousand words")
     return text
 
 

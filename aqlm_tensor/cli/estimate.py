@@ -1,4 +1,4 @@
-"""`aqlm-tensor estimate`: the memory and disk that quantizing a model will take, from its config alone."""
+"""`aqlm-tensor estimate`: the memory, disk and time that quantizing a model will take, from its config alone."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import torch
 from aqlm_tensor import AQLMWeightConfig
 from aqlm_tensor.calibration.activations import PLACES, Place
 from aqlm_tensor.calibration.memory_model import MemoryEstimate, estimate_memory
+from aqlm_tensor.calibration.report import Phase
+from aqlm_tensor.calibration.time_model import estimate_seconds
 from aqlm_tensor.cli.arguments import parse_dtype
 from aqlm_tensor.cli.output import UsageError, emit, print_json, usage
+from aqlm_tensor.cli.progress import tuning, windows_at_once
 from aqlm_tensor.hf_model import ModelSource, find_model, quiet
 
 __all__ = ["run"]
-
-_BATCH_TOKENS = 2048  # that `quantize` joins windows to
 
 
 def run(
@@ -34,19 +35,18 @@ def run(
     with usage():
         config = AQLMWeightConfig(scheme, on_incompatible="skip")
         model = _shapes(find_model(model_path, gguf_file), parse_dtype(dtype))
+        tokens, at_once = nsamples * seqlen, seqlen * (1 if finetune else windows_at_once(nsamples, seqlen))
         estimate = estimate_memory(
-            model,
-            config,
-            tokens=nsamples * seqlen,
-            batch_tokens=seqlen if finetune else max(seqlen, _BATCH_TOKENS),
-            finetune=finetune,
-            keep_inputs=keep_inputs,
+            model, config, tokens=tokens, batch_tokens=at_once, finetune=finetune, keep_inputs=keep_inputs
+        )
+        seconds = estimate_seconds(
+            model, config, tokens=tokens, batch_tokens=at_once, finetune=tuning(nsamples) if finetune else None
         )
     if as_json:
         sizes = {"host": estimate.host, "work_dir": estimate.work_dir, "result": estimate.result}
-        print_json({"device": estimate.device, "device_peak": estimate.peak, **sizes})
+        print_json({"device": estimate.device, "device_peak": estimate.peak, **sizes, "seconds_on_h100": seconds})
     else:
-        _print(estimate)
+        _print(estimate, seconds)
 
 
 def _shapes(source: ModelSource, dtype: Any) -> Any:
@@ -63,10 +63,12 @@ def _shapes(source: ModelSource, dtype: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _print(estimate: MemoryEstimate) -> None:
+def _print(estimate: MemoryEstimate, seconds: dict[Phase, float]) -> None:
     for phase, size in estimate.device.items():
         emit(f"on the device, {phase + ':':<12} {size / 1e9:8.2f} GB")
     emit(f"on the device, at most:     {estimate.peak / 1e9:8.2f} GB")
     emit(f"model and inputs in CPU memory: {estimate.host / 1e9:4.2f} GB")
     emit(f"work folder on disk:        {estimate.work_dir / 1e9:8.2f} GB")
     emit(f"quantized model on disk:    {estimate.result / 1e9:8.2f} GB")
+    phases = ", ".join(f"{phase} {took:.0f}" for phase, took in seconds.items())
+    emit(f"on one H100:                {sum(seconds.values()):8.0f} s ({phases})")

@@ -4,6 +4,7 @@ On a terminal progress is a bar; elsewhere (a log file, CI) it is a plain line e
 """
 
 import contextlib
+import datetime as dt
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 __all__ = ["UsageError", "bar", "emit", "failures", "note", "phase", "print_json", "settings", "usage"]
@@ -133,6 +134,18 @@ class _Rate(TextColumn):
         return Text(f"{speed:.3g} {unit}/s" if speed else f"- {unit}/s")
 
 
+class _Left(TextColumn):
+    """Time left: what is known of it, else by the rate."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        known = task.fields.get("known_end")
+        seconds = task.time_remaining if known is None else max(0.0, known - time.monotonic())
+        return Text("-:--:--" if seconds is None else str(dt.timedelta(seconds=round(seconds))), style="cyan")
+
+
 class _Lines:
     """A bar's stand-in where there is no terminal: a line now and then."""
 
@@ -141,14 +154,15 @@ class _Lines:
         self.start = self.last = time.monotonic()
         note(f"{title}: {total} {unit}")
 
-    def update(self, done: int, detail: str = "", outer: int = 0) -> None:  # noqa: ARG002 - the detail names it
-        """Say how far it is, if the last line was long ago or this is the end."""
+    def update(self, done: int, detail: str = "", outer: int = 0, left: float | None = None) -> None:  # noqa: ARG002
+        """Say how far it is, if the last line was long ago or this is the end; the detail names the outer one."""
         now = time.monotonic()
         if done == 0 or (done < self.total and now - self.last < _SECONDS_BETWEEN_LINES):
             return
         self.last = now
         rate = done / max(now - self.start, 1e-9)
-        eta = f", {(self.total - done) / rate:.0f} s left" if done < self.total else f", {now - self.start:.0f} s"
+        left = (self.total - done) / rate if left is None else left
+        eta = f", {left:.0f} s left" if done < self.total else f", {now - self.start:.0f} s"
         note(f"{self.title}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{eta} {detail}".rstrip())
 
 
@@ -162,16 +176,17 @@ class _Bar:
             self.outer = progress.add_task(outer[0], total=outer[1], unit=outer[0], detail="")
         self.task = progress.add_task(title, total=total, unit=unit, detail="")
 
-    def update(self, done: int, detail: str = "", outer: int = 0) -> None:
-        """Show how far it is, and the outer bar."""
-        self.progress.update(self.task, completed=done, detail=detail)
+    def update(self, done: int, detail: str = "", outer: int = 0, left: float | None = None) -> None:
+        """Show how far it is, and the outer bar; and when all will be done, if that is known."""
+        end = None if left is None else time.monotonic() + left
+        self.progress.update(self.task, completed=done, detail=detail, known_end=end)
         if self.outer is not None:
-            self.progress.update(self.outer, completed=outer)
+            self.progress.update(self.outer, completed=outer, known_end=end)
 
 
 @contextlib.contextmanager
 def bar(title: str, total: int, unit: str, *, outer: tuple[str, int] | None = None) -> Iterator[_Bar | _Lines]:
-    """Yield something with update(done, detail, outer): a bar with rate and time left, or lines in a log.
+    """Yield something with update(done, detail, outer, left): a bar with rate and time left, or lines in a log.
 
     Args:
         title: what is going on.
@@ -190,7 +205,7 @@ def bar(title: str, total: int, unit: str, *, outer: tuple[str, int] | None = No
         TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         TextColumn("[dim]{task.fields[detail]}"),
     )
     with Progress(*columns, console=stderr) as progress:

@@ -24,7 +24,7 @@ from aqlm_tensor.checkpoint_io import flush
 from aqlm_tensor.cli.output import UsageError, bar, note, phase, usage
 from aqlm_tensor.config import AQLMWeightConfig
 
-__all__ = ["Kept", "Wanted", "prepare"]
+__all__ = ["Kept", "Prepared", "Wanted", "moved", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,41 @@ class Wanted:
     schemes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What was found for it.
+
+    Attributes:
+        batches: windows of token ids [1, seqlen].
+        provenance: where they came from, JSON-able.
+        allocation: a scheme for each layer, if bits were asked for.
+    """
+
+    batches: list[Any]
+    provenance: dict[str, Any]
+    allocation: Allocation | None
+
+
 class Kept:
     """The file beside a work folder that holds what was prepared."""
 
     def __init__(self, work: Path) -> None:
         self.path = work.with_name(work.name + ".prepared.safetensors")
 
-    def save(self, wanted: Wanted, data: CalibrationData, allocation: Allocation | None) -> None:
-        """Keep windows of tokens and the allocation; the file appears complete or not at all."""
-        found = {"data": data.provenance, "allocation": None if allocation is None else asdict(allocation)}
+    def save(self, wanted: Wanted, prepared: Prepared) -> None:
+        """Keep what was prepared; the file appears complete or not at all."""
+        allocation = None if prepared.allocation is None else asdict(prepared.allocation)
+        found = {"data": prepared.provenance, "allocation": allocation}
         metadata = {"wanted": json.dumps(asdict(wanted)), "found": json.dumps(found)}
         temporary = self.path.with_suffix(".partial")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(number): batch.contiguous() for number, batch in enumerate(data.batches)}, temporary, metadata)
+        save_file(
+            {str(number): batch.contiguous() for number, batch in enumerate(prepared.batches)}, temporary, metadata
+        )
         flush(temporary)
         temporary.replace(self.path)
 
-    def load(self, wanted: Wanted) -> tuple[CalibrationData, Allocation | None] | None:
+    def load(self, wanted: Wanted) -> Prepared | None:
         """What was kept, or None if there is nothing.
 
         Raises:
@@ -78,7 +96,7 @@ class Kept:
                 raise UsageError(f"{self.path} was made with other options: repeat those, or delete it")
             found = json.loads(metadata["found"])
             batches = [opened.get_tensor(str(number)) for number in range(len(list(opened.keys())))]
-        return CalibrationData(batches, found["data"]), _allocation(found["allocation"])
+        return Prepared(batches, found["data"], _allocation(found["allocation"]))
 
     def remove(self) -> None:
         """Forget it."""
@@ -105,7 +123,7 @@ def prepare(
     device: str,
     kept: Kept | None,
     resume: bool,
-) -> tuple[CalibrationData, Allocation | None]:
+) -> Prepared:
     """Calibration data and, if bits were asked for, the allocation; shown as they are made, or taken from before.
 
     Args:
@@ -126,9 +144,10 @@ def prepare(
     if wanted.bits is not None:
         allocation = _allocate(model, config, data, wanted, device)
         note(str(allocation), style="")
+    prepared = Prepared(data.batches, data.provenance, allocation)
     if kept is not None and (allocation is not None or isinstance(source, GeneratedData)):
-        kept.save(wanted, data, allocation)
-    return data, allocation
+        kept.save(wanted, prepared)
+    return prepared
 
 
 def _load(model: Any, tokenizer: Any, source: Source, wanted: Wanted, device: str) -> CalibrationData:
@@ -138,13 +157,13 @@ def _load(model: Any, tokenizer: Any, source: Source, wanted: Wanted, device: st
     if not isinstance(source, GeneratedData):
         with usage(), phase("reading calibration data"):
             return read(tokenizer=tokenizer)
-    with _moved(model, device), bar("writing calibration data", wanted.nsamples * wanted.seqlen, "tokens") as shown:
+    with moved(model, device), bar("writing calibration data", wanted.nsamples * wanted.seqlen, "tokens") as shown:
         return read(on_token=lambda done, _total: shown.update(done))
 
 
 def _allocate(model: Any, config: AQLMWeightConfig, data: CalibrationData, wanted: Wanted, device: str) -> Allocation:
     assert wanted.bits is not None
-    with usage(), _moved(model, device), bar("measuring sensitivity", 100, "%") as shown:
+    with usage(), moved(model, device), bar("measuring sensitivity", 100, "%") as shown:
         return allocate(
             model,
             config,
@@ -156,7 +175,7 @@ def _allocate(model: Any, config: AQLMWeightConfig, data: CalibrationData, wante
 
 
 @contextlib.contextmanager
-def _moved(model: Any, device: str) -> Iterator[None]:
+def moved(model: Any, device: str) -> Iterator[None]:
     """Inside the block of code the whole model is on a device; afterwards it is where it was."""
     home = model.device
     try:

@@ -9,33 +9,29 @@ from rich.table import Table
 from aqlm_tensor.calibration.report import CalibrationReport
 from aqlm_tensor.handler import LayerReport
 
-__all__ = ["block_line", "error_table"]
+__all__ = ["block_line", "by_block", "by_kind", "error_table", "mean_error"]
 
 
 def block_line(layers: Iterable[LayerReport]) -> str:
     """The errors and time of one block's layers."""
-    by_kind = _by_kind(layers)
-    errors = ", ".join(f"{kind} {_mean(found):.4f}" for kind, found in by_kind.items())
-    seconds = sum(layer.seconds for found in by_kind.values() for layer in found)
+    kinds = by_kind(layers)
+    errors = ", ".join(f"{kind} {mean_error(found):.4f}" for kind, found in kinds.items())
+    seconds = sum(layer.seconds for found in kinds.values() for layer in found)
     return f"{errors}; {seconds:.1f} s"
 
 
 def error_table(report: CalibrationReport) -> Table:
     """Relative activation error by block and kind of layer (a mean, where a block has several of a kind)."""
-    rows: dict[int, list[LayerReport]] = defaultdict(list)
-    for layer in report.layers:
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.fqn)
-        rows[int(number[1]) if number else 0].append(layer)
     tuned = {block.block: block for block in report.blocks}
-    kinds = list(_by_kind(report.layers))
+    kinds = list(by_kind(report.layers))
     title = "relative activation error of each layer" + (", and of each block's output" if tuned else "")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1), pad_edge=False)  # in 80 columns
     for column in ("block", *(kind.removesuffix("_proj") for kind in kinds), *(("output", "tuned") if tuned else ())):
         table.add_column(column, justify="right", min_width=6)
     table.add_column("s", justify="right", min_width=5)
-    for index, layers in sorted(rows.items()):
-        by_kind = _by_kind(layers)
-        errors = [f"{_mean(by_kind[kind]):.4f}" if kind in by_kind else "" for kind in kinds]
+    for index, layers in by_block(report.layers).items():
+        found = by_kind(layers)
+        errors = [f"{mean_error(found[kind]):.4f}" if kind in found else "" for kind in kinds]
         block = tuned.get(index)
         before_after = [f"{block.error_before:.4f}", f"{block.error_after:.4f}"] if block else ["", ""]
         seconds = sum(layer.seconds for layer in layers) + (block.seconds if block else 0.0)
@@ -43,7 +39,16 @@ def error_table(report: CalibrationReport) -> Table:
     return table
 
 
-def _by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+def by_block(layers: Iterable[LayerReport]) -> dict[int, list[LayerReport]]:
+    """Layers by the number of their block, which is the first number in their names."""
+    found: dict[int, list[LayerReport]] = defaultdict(list)
+    for layer in layers:
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer.fqn)
+        found[int(number[1]) if number else 0].append(layer)
+    return dict(sorted(found.items()))
+
+
+def by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
     """Layers by the last part of their names, experts of one projection together."""
     found: dict[str, list[LayerReport]] = {}
     for layer in layers:
@@ -51,5 +56,6 @@ def _by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
     return found
 
 
-def _mean(layers: list[LayerReport]) -> float:
+def mean_error(layers: list[LayerReport]) -> float:
+    """Mean relative activation error of some layers."""
     return sum(layer.relative_error for layer in layers) / len(layers)

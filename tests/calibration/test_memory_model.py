@@ -94,6 +94,7 @@ def test_the_command_reads_the_config_only(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "on the device, at most" in result.stdout
+    assert "on one H100" in result.stdout
     report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert report["device_peak"] == max(report["device"].values())
     assert "fine-tune" not in report["device"]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from aqlm_tensor import AQLMTensor, handler
+from aqlm_tensor import AQLMTensor, CalibrationReport, handler
 from aqlm_tensor.cli import quantize as quantize_command
+from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from tests.cli.commands import QUICK, run
 from tests.tiny_llama import TEXT
@@ -68,6 +69,36 @@ def test_the_folder_holds_a_report_and_the_table_shows_every_block(folder: Path,
     assert "block 2/2: q_proj" in result.stderr
     assert "layers: 14/14 layers" in result.stderr
     load_model(find_model(tmp_path / "out"))  # which the report does not disturb
+
+
+def test_perplexity_on_the_way_is_in_the_report_and_its_plot(folder: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", folder / "text.txt"
+    evaluation = ("--eval-data", text, "--eval-seqlen", "50", "--eval-every", "1")
+    result = run("quantize", folder / "dense", out, *QUICK, "--data", text, *evaluation)
+    assert result.exit_code == 0, result.output
+    report = CalibrationReport.from_json((out / "quantization_report.json").read_text(encoding="utf-8"))
+    assert [(point.stage, point.blocks) for point in report.perplexity] == [
+        ("dense", 0),
+        ("calibrated", 1),
+        ("calibrated", 2),
+    ]
+    for point, name in ((report.perplexity[0], "dense"), (report.perplexity[2], "out")):
+        model, tokenizer = load_model(find_model(out if name == "out" else folder / name))
+        assert point.perplexity == pytest.approx(perplexity(model, tokenize(tokenizer, TEXT), 50).perplexity, rel=1e-5)
+    assert CalibrationReport.from_json(report.to_json()) == report
+    assert (out / "quantization_report.png").stat().st_size > 10_000
+    shown = run("report", out, "--plot", tmp_path / "again.svg")
+    assert shown.exit_code == 0, shown.output
+    assert f"{report.perplexity[0].perplexity:.2f} dense (0)" in shown.stdout
+    assert "quantized 14 layers" in shown.stdout
+    assert "perplexity, windows of 50" in (tmp_path / "again.svg").read_text(encoding="utf-8")
+    assert json.loads(run("report", out, "--json").stdout)["totals"]["layers"] == 14
+
+
+def test_no_report_is_told_in_a_line(folder: Path) -> None:
+    result = run("report", folder / "dense")
+    assert result.exit_code == 2
+    assert "is no report that can be read" in result.stderr
 
 
 def test_options_of_where_and_in_what_order(folder: Path, tmp_path: Path) -> None:
