@@ -4,7 +4,7 @@ The layer solver is counted by its float32 products, its search of pairs of code
 by products, the memory that sums touch, and launches. The constants were measured on one H100 with torch 2.11. With
 them layers of 4096x4096, 4096x14336 and 8192x28672 come out within 16 % of what they took (0.77, 2.6 and 13.8 s), one
 of 4096x4096 with a codebook of 2^16 entries within 2 % of 11.1 s, and SmolLM2-135M with fine-tuning (which the
-launches of a step were fitted to) within 2 % of 118 s. Fine-tuning of large models rests on one short run of a 7B block
+launches of a step were fitted to) within 2 % of 96 s. Fine-tuning of large models rests on one short run of a 7B block
 and may be off by half. On another GPU take the ratio of float32 products a second.
 """
 
@@ -33,7 +33,7 @@ _GROUP = 35e-6  # s: the search of one group, however few rows there are
 _ROUND = 9e-3  # s: the launches of a round
 _LAYER = 30e-3  # s: what every layer takes
 _PASS = 3e-3  # s: the launches of a block's forward pass
-_STEP = 18e-3  # s: the launches of a step of fine-tuning
+_STEP = 9e-3  # s: the launches of a step of fine-tuning
 _DECODING = 0.5e-9  # s a weight: decoding and gathering gradients in a step of fine-tuning
 _STARTING = 8.0  # s: kernels are compiled
 
