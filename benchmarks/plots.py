@@ -151,11 +151,21 @@ def _quality_point(row: dict[str, str]) -> tuple[str | None, float, float, str]:
     return nothing
 
 
-def smollm2_bits(scheme: str) -> float:
-    """Stored bits a weight of SmolLM2-135M's blocks if all their layers have one scheme; floats count 16 bits."""
-    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
-    stored = sum(AQLMScheme.parse(scheme).stored_bits(*shape) for shape in shapes)
-    return stored / sum(rows * columns for rows, columns in shapes)
+def smollm2_bits(written: str) -> float:
+    """Stored bits a weight of SmolLM2-135M's blocks, floats counting 16 bits.
+
+    Args:
+        written: the scheme of all layers, or two, with a comma, for those of MLPs and the others; or bits.
+    """
+    if "x" not in written:
+        return float(written)
+    of_mlps, _, of_others = written.partition(",")
+    others, mlps = [(576, 576), (192, 576), (192, 576), (576, 576)], [(1536, 576), (1536, 576), (576, 1536)]
+    schemes = [of_mlps] * len(mlps) + [of_others or of_mlps] * len(others)
+    stored = sum(
+        AQLMScheme.parse(scheme).stored_bits(*shape) for scheme, shape in zip(schemes, mlps + others, strict=True)
+    )
+    return stored / sum(rows * columns for rows, columns in mlps + others)
 
 
 _BLOCKS = 30  # of SmolLM2-135M

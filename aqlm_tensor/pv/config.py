@@ -49,9 +49,9 @@ class PVConfig:
     """
 
     epochs: int = 8
-    lr: float = 2e-3
+    lr: float = 2.5e-3
     batches_per_step: int = 1
-    steps_per_round: int = 16
+    steps_per_round: int = 50
     code_fraction: float = 0.05
     trust_ratio: float = 0.3
     dense: Dense = "vectors"
