@@ -9,9 +9,11 @@ to the dtype that is stored, the untuned one included: tuning never ends worse o
 Memory beyond the model, in bytes: 12 for each trained parameter (value, two moments) and 4 for a copy of the best one;
 the codes three times; for each weight matrix [O, I] whose codes the next V step chooses 4 (O I + I I), which
 `gradient_memory` bounds, and about five times that while they are chosen; and the activations. Without gradient
-checkpointing each layer's decoded weight is one of those.
+checkpointing each layer's decoded weight is one of those, and the places of each code are kept, 8 bytes for each.
 
-What it costs: about three forward passes of the dense model a batch, one more for a teacher, and the decoding.
+What it costs: about three forward passes of the dense model a batch, one more for a teacher, and the decoding. On one
+GPU passes are replayed as CUDA graphs: SmolLM2-135M, 4096 tokens a step, takes about 0.1 s a step on one H100, and some
+seconds for each choice of codes.
 """
 
 import contextlib
