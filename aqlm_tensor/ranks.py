@@ -8,7 +8,7 @@ block, more for experts), and a step of fine-tuning occupies no more ranks than 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,18 @@ class Ranks:
         """Replace the values of a contiguous tensor by their sums over the ranks."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
+
+    def add_up_together(self, tensors: Sequence[Tensor]) -> None:
+        """Replace the values of several tensors on one device and of one dtype by their sums over the ranks."""
+        if self._group is not None:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            self.add_up(flat)
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def together(self, own: Mapping[int, _T]) -> dict[int, _T]:
+        """What all ranks found, by its number."""
+        return {number: value for part in self.everyones(dict(own)) for number, value in part.items()}
 
     def spread(self, tensor: Tensor, owner: int) -> None:
         """Replace the values of a contiguous tensor by the owner's."""

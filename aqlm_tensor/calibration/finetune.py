@@ -103,7 +103,7 @@ def finetune_block(
         def validate() -> float:
             with torch.no_grad():
                 own = {batch: float(loss(batch)) for batch in held_out if batch in ranks.mine(batches)}
-            losses = {batch: value for part in ranks.everyones(own) for batch, value in part.items()}
+            losses = ranks.together(own)
             return sum(losses[batch] for batch in held_out) / len(held_out)
 
         optimizer = torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.95))

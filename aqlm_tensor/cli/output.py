@@ -157,12 +157,13 @@ class _Lines:
     def update(self, done: int, detail: str = "", outer: int = 0, left: float | None = None) -> None:  # noqa: ARG002
         """Say how far it is, if the last line was long ago or this is the end; the detail names the outer one."""
         now = time.monotonic()
-        if done == 0 or (done < self.total and now - self.last < _SECONDS_BETWEEN_LINES):
+        ended = done >= self.total and not left
+        if done == 0 or (not ended and now - self.last < _SECONDS_BETWEEN_LINES):
             return
         self.last = now
         rate = done / max(now - self.start, 1e-9)
         left = (self.total - done) / rate if left is None else left
-        eta = f", {left:.0f} s left" if done < self.total else f", {now - self.start:.0f} s"
+        eta = f", {now - self.start:.0f} s" if ended else f", {left:.0f} s left"
         note(f"{self.title}: {done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{eta} {detail}".rstrip())
 
 

@@ -79,7 +79,9 @@ def quantize_with_bar(
             latest.clear()
             after_block(done)
 
-        return calibrate(model, config, batches, blocks=blocks, on_progress=show, after_block=block_done, **options)
+        report = calibrate(model, config, batches, blocks=blocks, on_progress=show, after_block=block_done, **options)
+        shown.update(layers, "", len(blocks), 0.0)
+        return report
 
 
 def quantize_without_data(model: Any, config: AQLMWeightConfig, layers: int) -> QuantizationReport:

@@ -113,8 +113,6 @@ def run(options: Options) -> None:
     with _resumable(options.work):
         evaluated.measure("dense", 0)
         report = _quantize(options, plan, model, prepared, layers, group, evaluated)
-        if ranks.rank > 0:  # the first one saves
-            return
         tuned = None
         if options.tune is not None and options.work is not None:
             tuned = tune_with_bar(
@@ -125,8 +123,11 @@ def run(options: Options) -> None:
                 dtype=options.dtype,
                 device=device,
                 resume=options.resume,
+                group=group,
             )
             evaluated.measure("tuned", len(find_blocks(model)))
+        if ranks.rank > 0:  # the first one saves
+            return
         if isinstance(report, CalibrationReport):
             report = replace(report, perplexity=tuple(evaluated.points))
         _save(options, model, tokenizer, report, tuned, prepared)

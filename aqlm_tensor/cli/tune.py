@@ -11,8 +11,10 @@ from torch import Tensor
 from aqlm_tensor import PVConfig, tune_pv
 from aqlm_tensor.cli.arguments import open_model
 from aqlm_tensor.cli.output import UsageError, bar
+from aqlm_tensor.cli.progress import tuning
 from aqlm_tensor.hf_model import ModelSource
 from aqlm_tensor.pv.report import PVReport, PVRound
+from aqlm_tensor.ranks import Ranks
 
 __all__ = ["TUNING_REPORT_NAME", "check_tune", "tune_with_bar", "write_tuning_report"]
 
@@ -35,7 +37,15 @@ def check_tune(tune: str | None, windows: int) -> None:
 
 
 def tune_with_bar(
-    model: Any, source: ModelSource, windows: Sequence[Tensor], work: Path, *, dtype: str, device: str, resume: bool
+    model: Any,
+    source: ModelSource,
+    windows: Sequence[Tensor],
+    work: Path,
+    *,
+    dtype: str,
+    device: str,
+    resume: bool,
+    group: Any = None,
 ) -> PVReport:
     """`tune_pv` on the windows that the model was calibrated on, with a progress bar.
 
@@ -47,8 +57,11 @@ def tune_with_bar(
         dtype: the dense model's, as given.
         device: where to compute.
         resume: go on with what `work` holds.
+        group: processes that share each step's windows, of which there are then at least as many.
     """
-    config = PVConfig()
+    processes = Ranks(group).size
+    wanted = tuning(len(windows)).batches_per_step
+    config = PVConfig(batches_per_step=-(-wanted // processes) * processes)
     teacher, _ = open_model(source, None, dtype, device)
     folder = work / "tuning"
     with bar("tuning", config.steps(len(windows)), "steps") as shown:
@@ -56,9 +69,10 @@ def tune_with_bar(
         def show(done: PVRound) -> None:
             shown.update(done.step, f"held-out loss {done.validation:.4f}")
 
+        model.to(device)
         try:
             return tune_pv(
-                model.to(device), teacher, windows, config=config, work_dir=folder, resume=resume, on_round=show
+                model, teacher, windows, config=config, work_dir=folder, resume=resume, group=group, on_round=show
             )
         finally:
             model.cpu()

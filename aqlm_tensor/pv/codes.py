@@ -27,6 +27,7 @@ from aqlm_tensor.pv.config import PVConfig
 from aqlm_tensor.quantizer.hessian import descent_coupling
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
+from aqlm_tensor.ranks import Ranks
 
 __all__ = ["CURVATURE_PASSES", "FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
 
@@ -75,6 +76,13 @@ class LossModel:
             rows = x.float()
             self._inputs.addmm_(rows.T, rows)
             self._power += output_gradient.float().square().sum(0)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Take in what the same model has learned on the other ranks; all have to call this."""
+        count = torch.full_like(self._passes, self._curvature_passes)
+        for tensors in ([self._gradient], [self._inputs], [self._power, self._passes, count]):
+            ranks.add_up_together(tensors)
+        self._curvature_passes = int(count)
 
     def factors(self, out_group: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean gradient [O, I], metric [I, I] of mean diagonal about 1, and the power of each row group in its units.

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ from aqlm_tensor.pv.layers import TunedWeight, check_layers, in_turns, tuned_wei
 from aqlm_tensor.pv.loss import Teacher, TopLogits, call_model, check_teacher, token_loss
 from aqlm_tensor.pv.report import PVReport, PVRound
 from aqlm_tensor.pv.state import TuningFolder, model_tensors
+from aqlm_tensor.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["tune_pv"]
 
@@ -56,6 +60,7 @@ def tune_pv(
     config: PVConfig = PVConfig(),  # noqa: B008 (frozen)
     work_dir: str | Path | None = None,
     resume: bool = False,
+    group: "ProcessGroup | None" = None,
     on_round: Callable[[PVRound], None] | None = None,
 ) -> PVReport:
     """Tune a model's AQLM weights, norms and biases in place, end to end.
@@ -75,6 +80,10 @@ def tune_pv(
         work_dir: keep the state in this folder after each round.
         resume: go on with what `work_dir` holds; the model must be the untuned one again, and everything else the
             same.
+        group: divide the batches of each step, and those that are measured, over the ranks of this process group
+            (torch.distributed). Each calls this function with the same model, on one device of its own, and the same
+            arguments, and gets the same result: gradients are averaged, and codes are chosen from what all ranks have
+            learned. How sums are rounded depends on the number of ranks. `work_dir` must be one folder for all.
         on_round: called after each round.
 
     Returns:
@@ -83,11 +92,14 @@ def tune_pv(
     Raises:
         ValueError: before any change: for a model without AQLM layers, or with some that cannot be tuned (fused,
             distributed, hooked, offloaded, stacks of experts); for batches or teacher logits of the wrong shape; for
-            logits that are not finite; if what `work_dir` holds belongs to another run.
+            logits that are not finite; if what `work_dir` holds belongs to another run; if the ranks cannot share a
+            step's batches evenly, or one has the model on several devices.
         TypeError: for arguments of the wrong type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
     """
     held_out = _check(model, teacher, batches, config)
+    ranks = Ranks(group)
+    _check_ranks(ranks, model, config)
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     folder = None
@@ -98,7 +110,8 @@ def tune_pv(
             "data": fingerprint(batches),
             "teacher": "none" if teacher is None else "module" if isinstance(teacher, nn.Module) else "logits",
         }
-        folder = TuningFolder(Path(work_dir), identity, resume=resume)
+        with ranks.first_alone():
+            folder = TuningFolder(Path(work_dir), identity, resume=resume or ranks.rank > 0)
     modules = [model, *([teacher] if isinstance(teacher, nn.Module) else [])]
     with (
         torch.enable_grad(),
@@ -106,7 +119,18 @@ def tune_pv(
         _checkpointed(model, config),
         tuned_weights(model, keep_order=not config.gradient_checkpointing) as tuned,
     ):
-        return _Run(model, teacher, batches, held_out, config, *tuned, folder, on_round).run()
+        return _Run(model, teacher, batches, held_out, config, *tuned, folder, ranks, on_round).run()
+
+
+def _check_ranks(ranks: Ranks, model: nn.Module, config: PVConfig) -> None:
+    if config.batches_per_step % ranks.size:
+        raise ValueError(
+            f"batches_per_step must be a multiple of the number of processes, {ranks.size}, which share a step's "
+            f"batches; got {config.batches_per_step}"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if ranks.size > 1 and len(devices) > 1:
+        raise ValueError(f"each process must have the model on one device, got {', '.join(sorted(devices))}")
 
 
 def _check(model: nn.Module, teacher: Teacher | None, batches: Sequence[Tensor], config: PVConfig) -> range:
@@ -169,6 +193,7 @@ class _Run:
     weights: list[TunedWeight]
     dtypes: dict[int, torch.dtype]
     folder: TuningFolder | None
+    ranks: Ranks
     on_round: Callable[[PVRound], None] | None
     rounds: list[PVRound] = field(default_factory=list)
     stale: int = 0
@@ -229,7 +254,8 @@ class _Run:
                 self._round()
                 self.seconds = time.perf_counter() - start
                 ended = self.step == self.steps or self.stale == self.config.patience
-                if self.folder is not None and (ended or len(self.rounds) % self.config.save_every == 0):
+                due = ended or len(self.rounds) % self.config.save_every == 0
+                if self.folder is not None and due and self.ranks.rank == 0:
                     self.folder.save(self._tensors(), self._progress())
                 if self.on_round is not None:
                     self.on_round(self.rounds[-1])
@@ -257,7 +283,10 @@ class _Run:
         else:  # NaN, too, is not better
             self.stale += 1
         known = [weight.watched() for weight in turn]
+        for _, learned in known:
+            learned.add_up(self.ranks)
         changed, self.damping = choose_codes(known, self.config, self.damping, functools.partial(self._probe, end))
+        self.ranks.like_first(weight.codes for weight in turn)
         share = changed / sum(weight.groups for weight in self.weights)
         self.rounds.append(PVRound(end, self.steps, training, validation, share, time.perf_counter() - start))
 
@@ -265,8 +294,9 @@ class _Run:
         """One P step; its loss."""
         count = self.config.batches_per_step
         total = torch.zeros((), device=next(self.model.parameters()).device)
-        for micro in range(step * count, (step + 1) * count):
-            total += self._pass(self._batch(micro)).to(total.device)
+        for place in self.ranks.mine(count):
+            total += self._pass(self._batch(step * count + place)).to(total.device)
+        self.ranks.add_up_together([total, *self.adam.gradients()])
         progress = step / self.steps
         lr = self.config.lr * (_LAST_LR + (1 - _LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
         self.adam.step(step + 1, lr)
@@ -287,11 +317,18 @@ class _Run:
         """Mean loss of some batches, those of the steps that come next."""
         first = step * self.config.batches_per_step
         coming = range(first, first + min(_PROBED, self.held_out.start))
-        return sum(self._measured(self._batch(micro)) for micro in coming) / len(coming)
+        losses = self._measured([self._batch(micro) for micro in coming])
+        return sum(losses) / len(losses)
 
     @torch.no_grad()
-    def _measured(self, index: int) -> float:
-        return float(self._loss(self.batches[index], self._target(index)))
+    def _measured(self, indices: Sequence[int]) -> list[float]:
+        """The losses of some batches, each measured by one of the ranks."""
+        own = {
+            place: float(self._loss(self.batches[indices[place]], self._target(indices[place])))
+            for place in self.ranks.mine(len(indices))
+        }
+        losses = self.ranks.together(own)
+        return [losses[place] for place in range(len(indices))]
 
     def _batch(self, micro: int) -> int:
         """The training batch whose turn it is after so many."""
@@ -329,7 +366,7 @@ class _Run:
             for parameter in self.trained.values():
                 parameter.data = self._stored(parameter)
             sizes = [self.batches[index].numel() for index in self.held_out]
-            losses = [self._measured(index) for index in self.held_out]
+            losses = self._measured(self.held_out)
         finally:
             for parameter, value in zip(self.trained.values(), exact, strict=True):
                 parameter.data = value
