@@ -1,9 +1,10 @@
 """Time the kernels that can run a scheme on a device, and note where they cross over.
 
 The stored table stands in for the library's own rules on that device (`aqlm_tensor.kernels.crossovers`). Few rows, as
-in a decode step that is replayed from a CUDA graph, are compared by their time on the GPU; many, as in a prompt, by
-that or the host's time to start them, whichever is longer. A measurement takes some seconds for each scheme, and twice
-that the first time, when kernels are compiled.
+in a decode step that is replayed from a CUDA graph, are compared by their time on the GPU; some hundred, as in a short
+prompt, by that or the host's time to start them, whichever is longer; beyond, a model's large layers keep the GPU busy,
+and its time counts alone. A measurement takes about ten seconds for each scheme, and some minutes the first time, when
+kernels are compiled one after another.
 """
 
 import datetime as dt
@@ -24,7 +25,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 SHAPES = ((1024, 1024), (2048, 2048), (4096, 4096), (14336, 4096), (28672, 8192))  # out_features, in_features
 _CLEARLY = 0.97  # the kernel for fewer rows keeps its place unless another takes at most so much of its time
 _REPLAYS = 7
-_REPLAYED_ROWS = 64  # up to so many only the GPU's time counts
+_SHORT_PROMPT = range(65, 513)  # rows of x for which the host's time counts
 _CALLS, _REPEATS = 16, 15
 _MOST_COPIES = 64
 
@@ -49,7 +50,7 @@ def measure(
         shapes: out_features and in_features of the weights.
         rows: of x, ascending.
         timer: gives the seconds of one call of a function of the weight's number, for so many weights; by default
-            `graph_seconds` and beyond 64 rows `call_seconds`, for CUDA devices.
+            `graph_seconds` and from 65 to 512 rows `call_seconds`, for CUDA devices.
 
     Raises:
         ValueError: if fewer than two fast kernels can run a scheme on the device, so that there is nothing to choose.
@@ -89,7 +90,7 @@ def _crossovers(
     for count in rows:
         x = torch.randn(count, shape[1], device=device).to(dtype)
         times: dict[str, float] = {}
-        seconds = timer or (graph_seconds if count <= _REPLAYED_ROWS else call_seconds)
+        seconds = timer or (call_seconds if count in _SHORT_PROMPT else graph_seconds)
         for kernel in _able(scheme, shape, count, dtype, device):
             linear = kernel.function("linear")
             times[kernel.name] = seconds(lambda i, linear=linear, x=x: linear(x, *weights[i], None), len(weights))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from aqlm_tensor import AQLMTensor, fuse_, fusion, load, save, trainable, unfuse_
+from aqlm_tensor import AQLMTensor, fuse_, load, save, trainable, unfuse_
 from aqlm_tensor.fusion import FusedGroup
 from aqlm_tensor.kernels import registry
 from aqlm_tensor.linear import set_quantized
@@ -76,19 +76,6 @@ def test_same_output_in_fewer_products(bias: bool, dtype: torch.dtype) -> None:
     assert equal(dense(model), before)
     assert isinstance(model.q_proj, nn.Linear)
     assert model.fused_q_proj_k_proj_v_proj.pending.x is None
-
-
-def test_many_rows_are_multiplied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = quantized(Attention(bias=True))
-    fuse_(model)
-    x = torch.randn(2, 3, 256)
-    expected = model(x)
-    monkeypatch.setattr(fusion, "_MOST_ROWS", 5)
-    with registry.record() as ran:
-        assert_same_bits(model(x), expected)
-        assert len(ran) == 4
-        model(x[:1])
-        assert len(ran) == 6
 
 
 def test_the_weights_are_views_of_the_fused_one() -> None:
