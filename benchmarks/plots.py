@@ -68,19 +68,26 @@ def plot_gpu_linear(results: Path, picture: Path) -> None:
                 for measure in measures:  # the better of the official paths
                     found[measure] = max(found[measure], float(row[measure]))
             device = f"{row['device']}, {row['date'][:10]}"
-    figure, axes = plt.subplots(2, len(lines), figsize=(4.5 * len(lines), 7), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        2, len(lines), figsize=(4.5 * len(lines) + 2, 7), squeeze=False, sharex=True, layout="constrained"
+    )
+    # a scheme has one colour, whoever multiplies with it
+    things = sorted({name.split()[-1] for by_name in lines.values() for name in by_name})
+    colours = {thing: f"C{index}" for index, thing in enumerate(things)}
+    handles = {}
     for column, (shape, by_name) in enumerate(lines.items()):
         for axis, measure in zip(axes[:, column], measures, strict=True):
             for name, by_rows in sorted(by_name.items()):
                 rows = sorted(by_rows)
                 style = "--" if name.startswith("official") else ":" if "cuBLAS" in name or "int4" in name else "-"
-                axis.plot(rows, [by_rows[m][measure] for m in rows], style, marker=".", label=name)
+                values = [by_rows[m][measure] for m in rows]
+                (handles[name],) = axis.plot(rows, values, style, marker=".", color=colours[name.split()[-1]])
             axis.set(xscale="log", xlabel="rows of x", ylabel=measure.replace("_", " "))
         axes[0, column].set(yscale="log", title=shape)
         axes[0, column].axhline(1, color="grey", linewidth=0.8)
-    axes[0, 0].legend(fontsize=7)
+    names = sorted(handles)
+    figure.legend([handles[name] for name in names], names, loc="outside right upper", fontsize=8)
     figure.suptitle(device, fontsize=9)
-    figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
