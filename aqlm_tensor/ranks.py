@@ -87,8 +87,8 @@ class Ranks:
 
     def spread(self, tensor: Tensor, owner: int) -> None:
         """Replace the values of a contiguous tensor by the owner's."""
-        if self._group is not None:
-            dist.broadcast(tensor, group=self._group, group_src=owner)
+        if self._group is not None:  # as bytes: int16 is not for every backend
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=self._group, group_src=owner)
 
     @torch.no_grad()
     def like_first(self, tensors: Iterable[Tensor]) -> None:

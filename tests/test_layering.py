@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.calibration.report",
         "aqlm_tensor.calibration.work_folder",
     ),
-    ("aqlm_tensor.pv.state", "aqlm_tensor.pv.tuning"),
+    ("aqlm_tensor.pv.checks", "aqlm_tensor.pv.state", "aqlm_tensor.pv.tuning"),
     ("aqlm_tensor.calibration.block_run",),
     (
         "aqlm_tensor.calibration.calibrate",

@@ -94,7 +94,8 @@ def calibrate(
 
     Raises:
         ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; for fewer
-            batches than ranks; and if what `work_dir` holds was made from another model, config or data.
+            batches than ranks, or ranks with different arguments; and if what `work_dir` holds was made from another
+            model, config or data.
         TypeError: for batches of another type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
         MemoryError, torch.OutOfMemoryError, OSError: if memory or the disk do not suffice, with a note on the remedy.
@@ -113,6 +114,8 @@ def calibrate(
     tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
     data: dict[str, Any] = {"batches": len(batches), "tokens": _tokens(batches), "sha256": fingerprint(tensors)}
     data["origin"] = None if data_origin is None else dict(data_origin)
+    if len(set(map(str, ranks.everyones((settings, data["sha256"]))))) > 1:
+        raise ValueError("the processes were given different settings or batches: give all of them the same")
     where = next(chosen[0].parameters()).device if device is None else torch.empty(0, device=device).device
     watch = Stopwatch(where)
     run = BlockRun(

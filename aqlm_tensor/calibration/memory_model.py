@@ -65,7 +65,8 @@ def estimate_memory(
     """Predict the memory that `calibrate` takes.
 
     Layers share an input if their names say so (q, k, v; gate, up). Of a forward pass the widest tensors count;
-    attention without a fused kernel takes more.
+    attention without a fused kernel takes more. Stacks of experts are not counted. Processes that share the batches
+    each keep their part of the inputs: pass the tokens of one.
 
     Args:
         model: of the shapes in question.
@@ -121,7 +122,7 @@ def _block_peaks(
     passing = batch_tokens * item * (3 * widest + 4 * width)
     chunk = _FLOAT * min(batch_tokens, _CHUNK_TOKENS) * max(reads)
     peaks: dict[Phase, int] = {
-        "capture": dense + inputs + passing,
+        "capture": max(dense + passing, inputs),
         "calibrate": dense + inputs + targets + sum(map(_sum, reads)) + _sum(max(reads)) // 2 + chunk + passing,
         "propagate": 2 * dense + 2 * inputs + passing,
         "quantize": 0,

@@ -62,7 +62,7 @@ def estimate_seconds(
     blocks: Sequence[nn.Module] | None = None,
     finetune: FinetuneConfig | None = None,
 ) -> dict[Phase, float]:
-    """Predict the seconds that `calibrate` takes on one H100, by phase.
+    """Predict the seconds that `calibrate` takes on one H100, by phase; stacks of experts are not counted.
 
     Args:
         model: of the shapes in question.

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 
 from aqlm_tensor import AQLMWeightConfig
+from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.activations import PLACES, Place
+from aqlm_tensor.calibration.experts import find_stacks
 from aqlm_tensor.calibration.memory_model import MemoryEstimate, estimate_memory
 from aqlm_tensor.calibration.report import Phase
 from aqlm_tensor.calibration.time_model import estimate_seconds
 from aqlm_tensor.cli.arguments import parse_dtype
-from aqlm_tensor.cli.output import UsageError, emit, print_json, usage
+from aqlm_tensor.cli.output import UsageError, emit, note, print_json, usage
 from aqlm_tensor.cli.progress import tuning, windows_at_once
 from aqlm_tensor.hf_model import ModelSource, find_model, quiet
 
@@ -35,6 +37,8 @@ def run(
     with usage():
         config = AQLMWeightConfig(scheme, on_incompatible="skip")
         model = _shapes(find_model(model_path, gguf_file), parse_dtype(dtype))
+        if find_stacks(model, config, list(find_blocks(model)))[0]:
+            note("the experts of this model are not counted", style="yellow")
         tokens, at_once = nsamples * seqlen, seqlen * (1 if finetune else windows_at_once(nsamples, seqlen))
         estimate = estimate_memory(
             model, config, tokens=tokens, batch_tokens=at_once, finetune=finetune, keep_inputs=keep_inputs

@@ -113,18 +113,8 @@ def run(options: Options) -> None:
     with _resumable(options.work):
         evaluated.measure("dense", 0)
         report = _quantize(options, plan, model, prepared, layers, group, evaluated)
-        tuned = None
-        if options.tune is not None and options.work is not None:
-            tuned = tune_with_bar(
-                model,
-                plan.source,
-                prepared.batches,
-                options.work,
-                dtype=options.dtype,
-                device=device,
-                resume=options.resume,
-                group=group,
-            )
+        tuned = _tune(options, plan, model, prepared, group)
+        if tuned is not None:
             evaluated.measure("tuned", len(find_blocks(model)))
         if ranks.rank > 0:  # the first one saves
             return
@@ -235,6 +225,22 @@ def _quantize(
             "seqlen": options.seqlen,
             "model": str(plan.source),
         },
+    )
+
+
+def _tune(options: Options, plan: _Plan, model: Any, prepared: Prepared, group: Any) -> PVReport | None:
+    """Tune the whole model, if the options ask for it."""
+    if options.tune is None or options.work is None:
+        return None
+    return tune_with_bar(
+        model,
+        plan.source,
+        prepared.batches,
+        options.work,
+        dtype=options.dtype,
+        device=options.device,
+        resume=options.resume,
+        group=group,
     )
 
 

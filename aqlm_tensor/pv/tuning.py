@@ -34,11 +34,12 @@ from torch.utils.checkpoint import checkpoint
 from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.work_folder import fingerprint
 from aqlm_tensor.pv.adam import RelativeAdam
+from aqlm_tensor.pv.checks import check_arguments
 from aqlm_tensor.pv.codes import CURVATURE_PASSES, FIRST_DAMPING, choose_codes
 from aqlm_tensor.pv.config import PVConfig
 from aqlm_tensor.pv.graph import GraphedPasses, gpu_of
-from aqlm_tensor.pv.layers import TunedWeight, check_layers, in_turns, tuned_weights
-from aqlm_tensor.pv.loss import Teacher, TopLogits, call_model, check_teacher, token_loss
+from aqlm_tensor.pv.layers import TunedWeight, in_turns, tuned_weights
+from aqlm_tensor.pv.loss import Teacher, TopLogits, call_model, token_loss
 from aqlm_tensor.pv.report import PVReport, PVRound
 from aqlm_tensor.pv.state import TuningFolder, model_tensors
 from aqlm_tensor.ranks import Ranks
@@ -97,9 +98,8 @@ def tune_pv(
         TypeError: for arguments of the wrong type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
     """
-    held_out = _check(model, teacher, batches, config)
     ranks = Ranks(group)
-    _check_ranks(ranks, model, config)
+    held_out = check_arguments(model, teacher, batches, config, ranks)
     if resume and work_dir is None:
         raise ValueError("resume needs the work_dir of the run to go on with")
     folder = None
@@ -120,36 +120,6 @@ def tune_pv(
         tuned_weights(model, keep_order=not config.gradient_checkpointing) as tuned,
     ):
         return _Run(model, teacher, batches, held_out, config, *tuned, folder, ranks, on_round).run()
-
-
-def _check_ranks(ranks: Ranks, model: nn.Module, config: PVConfig) -> None:
-    if config.batches_per_step % ranks.size:
-        raise ValueError(
-            f"batches_per_step must be a multiple of the number of processes, {ranks.size}, which share a step's "
-            f"batches; got {config.batches_per_step}"
-        )
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if ranks.size > 1 and len(devices) > 1:
-        raise ValueError(f"each process must have the model on one device, got {', '.join(sorted(devices))}")
-
-
-def _check(model: nn.Module, teacher: Teacher | None, batches: Sequence[Tensor], config: PVConfig) -> range:
-    """The batches that are held out, if tuning can begin."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, PVConfig):
-        raise TypeError(f"config must be a PVConfig, got {type(config).__name__}")
-    if isinstance(batches, Tensor) or not isinstance(batches, Sequence):
-        raise TypeError(f"batches must be a sequence of token ids [B, seqlen], got {type(batches).__name__}")
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point() or batch.shape[1] < 2:
-            found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"batch {number} must be token ids [B, seqlen] with seqlen at least 2, got {found}")
-    check_layers(model)
-    check_teacher(teacher, model, batches)
-    if config.gradient_checkpointing:
-        find_blocks(model)  # raises if there are none
-    return config.held_out(len(batches))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """tune_pv on two ranks: both end with the same bits, about where one process would, resumed or not."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ def uneven_shares_are_refused(rank: int, folder: Path) -> None:
     assert any(isinstance(parameter, AQLMTensor) for parameter in model.parameters())
 
 
-outcomes, test_on_two_ranks = ranks.tests_of(
-    [both_end_alike_and_near_one, killed_and_resumed, uneven_shares_are_refused]
-)
+CASES = [both_end_alike_and_near_one, killed_and_resumed, uneven_shares_are_refused]
+
+
+def test_on_two_ranks(tmp_path: Path) -> None:
+    """One test, since starting the processes takes longer than each case."""
+    failed = {name: found for name, found in ranks.run(CASES, tmp_path).items() if found != ranks.PASSED}
+    assert not failed, json.dumps(failed, indent=1)
