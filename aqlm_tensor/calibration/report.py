@@ -224,7 +224,7 @@ class Pace:
     """How fast blocks are done, to tell how long the others will take.
 
     Once a block is done, the others are expected to take the median of such blocks; within the first, time is taken to
-    be in proportion to the weights that are quantized.
+    be in proportion to the weights that are quantized, which leaves out fine-tuning.
     """
 
     def __init__(self) -> None:
@@ -248,7 +248,7 @@ class Pace:
         spent = time.perf_counter() - self._start
         if self._blocks:
             whole = statistics.median(self._blocks)
-        elif self._quantized:
+        elif 0 < self._quantized < self._weights:
             whole = spent * self._weights / self._quantized
         else:
             return None, None

@@ -67,6 +67,7 @@ def failures() -> Iterator[None]:
         _remarks(error)
         raise typer.Exit(130) from None
     except _FAILURES as error:
+        stderr.quiet = False  # of several processes this may be the only one that knows
         if settings.debug:
             traceback.print_exc()
         stderr.print(Text("error: ", style="bold red").append(_message(error), style="red"))

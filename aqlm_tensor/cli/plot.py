@@ -31,6 +31,7 @@ def plot_report(report: CalibrationReport, picture: Path) -> None:
     for draw, axes in zip(panels, figure.subplots(1, len(panels)), strict=True):
         draw(report, axes)
         axes.legend(fontsize=7, ncols=2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     device = "" if report.run is None else f", {report.run.machine['device']}"
     figure.suptitle(f"{str(report).splitlines()[0]}{device}", fontsize=9)
     figure.tight_layout()
@@ -68,4 +69,6 @@ def _perplexity(report: CalibrationReport, axes: Any) -> None:
     for point in report.perplexity:
         if point.stage == "tuned":
             axes.plot(point.blocks, point.perplexity, marker="*", markersize=12, linestyle="", label="tuned")
-    axes.set(xlabel="blocks quantized", ylabel=f"perplexity, windows of {way[0].seqlen}", title="perplexity")
+    axes.set(
+        xlabel="blocks quantized", ylabel=f"perplexity, windows of {report.perplexity[0].seqlen}", title="perplexity"
+    )

@@ -48,6 +48,8 @@ def test_time_left_is_told_from_blocks_that_are_done(monkeypatch: pytest.MonkeyP
     now = 5.0
     pace.quantized(25)
     assert pace.left(2) == (15.0, 55.0), "a quarter took 5 s"
+    pace.quantized(75)
+    assert pace.left(2) == (None, None), "what comes now is not known"
     now = 30.0
     pace.end()
     pace.begin(100)

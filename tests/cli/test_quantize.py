@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from aqlm_tensor import AQLMTensor, CalibrationReport, handler
+from aqlm_tensor.cli import output
 from aqlm_tensor.cli import quantize as quantize_command
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
@@ -93,6 +94,11 @@ def test_perplexity_on_the_way_is_in_the_report_and_its_plot(folder: Path, tmp_p
     assert "quantized 14 layers" in shown.stdout
     assert "perplexity, windows of 50" in (tmp_path / "again.svg").read_text(encoding="utf-8")
     assert json.loads(run("report", out, "--json").stdout)["totals"]["layers"] == 14
+
+
+def test_a_process_that_is_quiet_tells_its_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.stderr, "quiet", True)
+    assert "is no report that can be read" in run("report", folder / "dense").stderr
 
 
 def test_no_report_is_told_in_a_line(folder: Path) -> None:
