@@ -243,9 +243,9 @@ def _dataset_tokens(source: DatasetText, tokenizer: Any, wanted: int, seed: int)
     return torch.cat(parts), len(parts)
 
 
-def _dataset_rows(source: DatasetText, seed: int) -> Iterable[dict[str, Any]]:
+def _dataset_rows(source: DatasetText, seed: int) -> Iterable[Any]:
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        import datasets
     except ImportError:
         raise ImportError(
             "reading a data set needs the library datasets: pip install 'aqlm-tensor[data]', or pass a text file"

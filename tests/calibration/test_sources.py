@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,11 +92,9 @@ def write_dataset(folder: Path) -> list[str]:
 
 
 def test_data_sets_in_local_folders(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = write_dataset(tmp_path)
-    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "stored")
+    Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "stored")
     known = {tuple(tokenizer(row)["input_ids"]) for row in rows}
     for name in ("rows", "stored"):
         source = f"dataset:{tmp_path / name}"

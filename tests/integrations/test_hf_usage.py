@@ -99,7 +99,7 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
         logging_steps=5, save_strategy="no", use_cpu=True, seed=0, disable_tqdm=True,
     )  # fmt: skip
     tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids[0, :640].view(-1, 16)
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    rows: Any = [{"input_ids": row, "labels": row} for row in tokens]
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="quantized"):
         transformers.Trainer(model=model, args=arguments, train_dataset=rows)
