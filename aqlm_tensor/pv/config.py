@@ -38,8 +38,8 @@ class PVConfig:
         gradient_memory: bytes that gradients of dense weights and X^T X of their inputs may take, 4 for each entry (and
             about five times as much while codes are chosen); each round then chooses codes for as many layers as fit,
             in turn. None chooses for all in each round.
-        cuda_graph: replay passes as a CUDA graph where model and teacher are on one NVIDIA GPU and no operation waits
-            for it; several times as fast for small models.
+        cuda_graph: replay passes as a CUDA graph where model and teacher are on one NVIDIA GPU, no operation waits for
+            it and one process tunes; several times as fast for small models.
         save_every: rounds between two savings of the state to the work folder.
         seed: of the order of the batches.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GraphedPasses", "gpu_of"]
+__all__ = ["GraphedPasses", "as_if_captured", "gpu_of"]
 
 
 def gpu_of(modules: Sequence[nn.Module]) -> torch.device | None:
@@ -30,6 +30,7 @@ class GraphedPasses:
     Args:
         compute: a pass: adds to the gradients and returns the loss of a batch of tokens on the GPU.
         gradients: the tensors to which it adds.
+        shape: of the batches whose passes are replayed; those of another shape are run as they are.
         device: the GPU.
         first: how many passes to run as they are.
     """
@@ -38,10 +39,12 @@ class GraphedPasses:
         self,
         compute: Callable[[Tensor], Tensor],
         gradients: Callable[[], list[Tensor]],
+        shape: torch.Size,
         device: torch.device,
         first: int,
     ) -> None:
-        self._compute, self._gradients, self._device, self._first = compute, gradients, device, first
+        self._compute, self._gradients, self._shape, self._device = compute, gradients, shape, device
+        self._first = first
         self._possible = True
         self.restart()
 
@@ -53,9 +56,10 @@ class GraphedPasses:
     def __call__(self, batch: Tensor) -> Tensor:
         """The loss of a batch, whose gradients are added."""
         with torch.cuda.device(self._device):
-            if self._graph is None and self._left == 0:
+            fits = batch.shape == self._shape
+            if fits and self._graph is None and self._left == 0:
                 self._capture(batch.to(self._device))
-            if self._graph is None or batch.shape != self._batch.shape:
+            if not fits or self._graph is None:
                 self._left = max(0, self._left - 1)
                 return self._compute(batch.to(self._device))
             self._batch.copy_(batch)
@@ -70,7 +74,7 @@ class GraphedPasses:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(side), _without_waiting():
+            with torch.cuda.stream(side), as_if_captured(), _without_waiting():
                 self._compute(self._batch)
         except RuntimeError:
             self._possible, self._left = False, math.inf
@@ -96,3 +100,17 @@ def _without_waiting() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Inside the block of code, whoever asks is told that the stream is being captured.
+
+    Transformers' models look at their position ids on the host, but not while they are captured.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked

@@ -22,6 +22,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,11 +195,16 @@ class _Run:
         self.replayed = self._graphed()
 
     def _graphed(self) -> GraphedPasses | None:
-        """Passes as a CUDA graph, if the model and its teacher, a module or none, are on one GPU."""
-        if not self.config.cuda_graph or not (self.teacher is None or isinstance(self.teacher, nn.Module)):
+        """Passes as a CUDA graph, if the model and its teacher, a module or none, are on one GPU, in one process."""
+        kept = self.teacher is not None and not isinstance(self.teacher, nn.Module)
+        if not self.config.cuda_graph or kept or self.ranks.size > 1:  # NCCL's own threads may disturb a capture
             return None
-        gpu = gpu_of([self.model, *([] if self.teacher is None else [self.teacher])])
-        return None if gpu is None else GraphedPasses(self._backward, self.adam.gradients, gpu, CURVATURE_PASSES)
+        gpu = gpu_of([part for part in (self.model, self.teacher) if isinstance(part, nn.Module)])
+        if gpu is None:
+            return None
+        shapes = Counter(batch.shape for batch in self.batches[: self.held_out.start])
+        usual = shapes.most_common(1)[0][0]
+        return GraphedPasses(self._backward, self.adam.gradients, usual, gpu, CURVATURE_PASSES)
 
     @property
     def step(self) -> int:

@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aqlm_tensor import AQLMTensor, PVConfig, tune_pv
 from aqlm_tensor.kernels import reference
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.pv.codes import CURVATURE_PASSES, LossModel
-from aqlm_tensor.pv.graph import GraphedPasses, gpu_of
+from aqlm_tensor.pv.graph import GraphedPasses, as_if_captured, gpu_of
 from aqlm_tensor.pv.layers import tuned_weights
+from aqlm_tensor.pv.loss import call_model, token_loss
 from tests.pv.test_tuning import QUICK, Decoder, divergence, prepared
+from tests.test_fusion import llama
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -64,6 +67,34 @@ def test_what_is_learned_from_passes() -> None:
 def test_only_models_on_one_gpu_are_captured() -> None:
     assert gpu_of([Decoder()]) is None
     assert gpu_of([Decoder().to("meta")]) is None
+
+
+class OnTheHost(TorchDispatchMode):
+    """Finds operations that look at values on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_captured_pass_through_a_transformers_model_looks_at_nothing() -> None:
+    model, batch = llama(), torch.randint(40, (2, 16))
+    with tuned_weights(model) as (weights, _):
+        for weight in weights:
+            weight.codebooks.requires_grad_(True)
+        with torch.no_grad():
+            teacher = call_model(model, batch)
+        with as_if_captured(), OnTheHost() as watched:
+            token_loss(call_model(model, batch), batch, teacher).backward()
+        assert watched.found == []
+        with OnTheHost() as watched:
+            call_model(model, batch)
+        assert watched.found, "this test can fail"
 
 
 def tuned(config: PVConfig) -> tuple[Any, Decoder, list[Tensor], Any]:
