@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aqlm_tensor.pv.layers import tuned_weights
 from aqlm_tensor.ranks import Ranks
-from aqlm_tensor.training import held_out, trainable_in_float32
+from aqlm_tensor.training import held_out
 
 __all__ = ["FinetuneConfig", "finetune_block"]
 
@@ -175,7 +176,7 @@ def _relative_error(output: Tensor, target: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _trained_in_float32(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Inside the block of code, everything is float32, and the parameters that are yielded require gradients."""
-    with trainable_in_float32(block):
+    with tuned_weights(block):
         trained = [
             parameter
             for name, parameter in block.named_parameters()

@@ -1,4 +1,4 @@
-"""The quantized layers of a model while `tune_pv` trains it.
+"""The quantized layers of a model or block while `tune_pv` or fine-tuning trains it.
 
 For its products each layer decodes its weight anew; the backward pass forms the gradient of the dense weight and from
 it, in float32 sums, those of codebooks and scales. No dense copy of a weight outlives a step.
@@ -176,7 +176,7 @@ def tuned_weights(
     """
     with trainable_in_float32(model) as dtypes:
         weights: dict[int, TunedWeight] = {}
-        layers: list[nn.Module] = []
+        layers: list[tuple[nn.Module, Any]] = []
         try:
             for fqn, layer in model.named_modules():
                 codebooks = layer._parameters.get("codebooks")
@@ -186,12 +186,14 @@ def tuned_weights(
                     fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"), keep_order
                 )
                 tuned = weights.setdefault(id(codebooks), tuned)
+                layers.append((layer, vars(layer).get("forward")))
                 layer.forward = functools.partial(_forward, layer, tuned)
-                layers.append(layer)
             yield list(weights.values()), dtypes
         finally:
-            for layer in layers:
+            for layer, own in layers:
                 del layer.forward
+                if own is not None:
+                    layer.forward = own
 
 
 def _forward(layer: nn.Linear, weight: TunedWeight, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
