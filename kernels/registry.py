@@ -135,8 +135,8 @@ def _cuda(name: str) -> Kernel:
     )
 
 
-# Fastest first where several can run and nothing was measured. Up to four tokens of 2x8g8: partial sums, then lookup; up
-# to 64: lookup; beyond, the product with tiles of looked-up weights (Hopper) or decoding pieces for cuBLAS.
+# Fastest first where several can run and nothing was measured. Up to four tokens of 2x8g8: partial sums, then lookup;
+# up to 64: lookup; beyond, the product with tiles of looked-up weights (Hopper) or decoding pieces for cuBLAS.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "numba",
