@@ -44,7 +44,8 @@ def test_demo_quantizes_the_real_model(tmp_path: Path) -> None:
     assert len(schemes) == 210
     assert set(map(str, schemes)) == {"2x8g8"}
     dense, quantized = (float(value) for value in re.findall(r"^perplexity ([\d.]+);", done.stdout, re.MULTILINE))
-    assert dense < quantized < 3 * dense
+    assert dense < quantized < 2.2 * dense
+    assert re.search(r"^perplexity .*''$", done.stdout, re.MULTILINE) is None, "an empty answer"
     memory = re.search(r"peak memory ([\d.]+) GB", done.stdout)
     assert memory is not None
     assert float(memory[1]) < 4
