@@ -48,7 +48,7 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
         y = forward_ad.make_dual(_linear(primal, w), _linear(tangent, w))
         return y if bias is None else y + bias
     if w.orientation == "matrix":
-        return linear_of_parts(x, codes, codebooks, scales, bias)
+        return _linear_by_op(x, codes, codebooks, scales, bias)
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     y = _call(ops.linear_input_grad, x, codes, codebooks, scales)
     if bias is None:
@@ -62,6 +62,10 @@ def linear_of_parts(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor,
     """F.linear with the weight that the three tensors stand for; see `aqlm_tensor.kernels.ops` for shapes."""
     if _directly(x, codes, codebooks, scales, bias):
         return _linear_implementation(x, codes, codebooks, scales, bias)
+    return _linear_by_op(x, codes, codebooks, scales, bias)
+
+
+def _linear_by_op(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     return _call(ops.linear, x, codes, codebooks, scales, bias)
 

@@ -23,6 +23,7 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder with a dense, GGUF or AQLM model, or a .gguf file.")
 ]
 GGUFFile = Annotated[str | None, typer.Option(help="Which GGUF file of the folder, if it has several.")]
+DenseDtype = Annotated[str, typer.Option(help="Of a dense model: auto (as stored; float32 for GGUF), float32, ...")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
@@ -174,9 +175,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="A UTF-8 text to predict.")],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     gguf_file: GGUFFile = None,
-    dtype: Annotated[str, typer.Option(help="Of a dense model: auto (as stored; float32 for GGUF), float32, ...")] = (
-        "auto"
-    ),
+    dtype: DenseDtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -198,9 +197,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     gguf_file: GGUFFile = None,
-    dtype: Annotated[str, typer.Option(help="Of a dense model: auto (as stored; float32 for GGUF), float32, ...")] = (
-        "auto"
-    ),
+    dtype: DenseDtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

@@ -51,6 +51,17 @@ __device__ __forceinline__ uint4 add_entries(uint4 a, uint4 b) {
   return make_uint4(add_pair(a.x, b.x), add_pair(a.y, b.y), add_pair(a.z, b.z), add_pair(a.w, b.w));
 }
 
+// acc[16x8] += A[16x8] * B[8x8], fp32 accumulation.
+__device__ __forceinline__ void mma_16x8x8(float (&acc)[4], u32 a0, u32 a1, u32 b) {
+#if DTYPE_BF16
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 // acc[16x8] += A[16x16] * B[16x8], fp32 accumulation. Turing has the k = 8 instruction only.
 __device__ __forceinline__ void mma_16x8x16(float (&acc)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
@@ -62,12 +73,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&acc)[4], u32 a0, u32 a1, u32
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(b0));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a2), "r"(a3), "r"(b1));
+  mma_16x8x8(acc, a0, a1, b0);
+  mma_16x8x8(acc, a2, a3, b1);
 #endif
 }
 

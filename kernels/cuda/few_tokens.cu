@@ -35,16 +35,6 @@ struct FewTokensParams {
   int batches_each, batches_over;  // of 8 * kUnits rows per block of the grid's y; the first take one more
 };
 
-__device__ __forceinline__ void mma_16x8x8(float (&acc)[4], u32 a0, u32 a1, u32 b) {
-#if DTYPE_BF16
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-#endif
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(b));
-}
-
 #if DTYPE_BF16
 #define PAIR "bf16"
 constexpr u32 kOne = 0x3f80, kInfinity = 0x7f80;
@@ -52,12 +42,6 @@ constexpr u32 kOne = 0x3f80, kInfinity = 0x7f80;
 #define PAIR "f16"
 constexpr u32 kOne = 0x3c00, kInfinity = 0x7c00;
 #endif
-
-__device__ __forceinline__ void add_products(float (&acc)[4], uint2 first, uint2 second, u32 ones) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." PAIR "." PAIR ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%0,%1,%2,%3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(first.x), "r"(first.y), "r"(second.x), "r"(second.y), "r"(ones));
-}
 
 __device__ __forceinline__ u32 round_pair(float low, float high) {
   u32 pair;
@@ -246,7 +230,8 @@ __device__ __forceinline__ void sum_units(const u8* tables, const Lane& at, cons
                                           float (&acc)[kUnits][4]) {
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    add_products(acc[u], look_up<BYTE>(tables, at, codes[u]), look_up<BYTE + 1>(tables, at, codes[u]), ones);
+    const uint2 first = look_up<BYTE>(tables, at, codes[u]), second = look_up<BYTE + 1>(tables, at, codes[u]);
+    mma_16x8x16(acc[u], first.x, first.y, second.x, second.y, ones, ones);
   }
   if constexpr (BYTE + 2 < 16) sum_units<BYTE + 2>(tables, at, codes, ones, acc);
 }

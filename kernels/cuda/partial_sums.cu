@@ -30,16 +30,6 @@ __device__ __forceinline__ constexpr int slot_offset(int book, int slot) {
   return (NUM_BOOKS == 2 ? book : slot / 2) * kTableBytes + slot % 2 * 128;
 }
 
-__device__ __forceinline__ void mma_16x8x8(float (&acc)[4], u32 a0, u32 a1, u32 b) {
-#if DTYPE_BF16
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-#endif
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a0), "r"(a1), "r"(b));
-}
-
 // Store four sums, one for each block of eight owners, to an entry of the tables. Lane quads hold different entries of
 // the same owners, which share a bank: each quad starts at another block.
 __device__ __forceinline__ void store_blocks(u8* entry, const float (&v)[4], int row, int quad) {
