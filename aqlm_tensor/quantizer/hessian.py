@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.search import Coupling
+from aqlm_tensor.quantizer.search import Coupling, diagonal_blocks
 from aqlm_tensor.ranks import Ranks
 
 __all__ = ["HessianAccumulator", "check_hessian", "descent_coupling", "feedback_coupling", "no_coupling", "regularize"]
@@ -154,12 +154,11 @@ def no_coupling(groups: int, group: int, device: torch.device) -> Coupling:
 
 
 def descent_coupling(metric: Tensor, group: int) -> Coupling:
-    """Coordinate descent on the metric [I, I] itself: what one group should be, the others being as they are."""
-    feedback = metric.clone()
-    blocks = _diagonal_blocks(feedback, group)
-    own = blocks.clone()
-    blocks.zero_()
-    return Coupling(own, feedback, causal=False)
+    """Coordinate descent on the metric [I, I] itself: what one group should be, the others being as they are.
+
+    It holds the metric, not a copy.
+    """
+    return Coupling(diagonal_blocks(metric, group).clone(), metric, causal=False)
 
 
 def feedback_coupling(metric: Tensor, group: int, damping: float) -> Coupling:
@@ -181,11 +180,9 @@ def feedback_coupling(metric: Tensor, group: int, damping: float) -> Coupling:
     for start, part in zip(range(0, len(metric), width), coupled.split(width, 1), strict=True):
         stop = start + part.shape[1]
         upper = lower[:, len(lower) - stop : len(lower) - start].flip(0, 1).contiguous()  # these columns of R
-        factors = _diagonal_blocks(upper[start:stop], group)
+        factors = diagonal_blocks(upper[start:stop], group)
         products = (upper.view(len(upper), -1, group).transpose(0, 1) @ factors.mT).transpose(0, 1).reshape(upper.shape)
-        blocks = _diagonal_blocks(products[start:stop], group)
-        own[start // group : stop // group] = blocks
-        blocks.zero_()
+        own[start // group : stop // group] = diagonal_blocks(products[start:stop], group)
         part.copy_(products)
     return Coupling(own, coupled, causal=True)
 
@@ -204,9 +201,3 @@ def _factor(metric: Tensor, damping: float) -> Tensor:
         )
     return lower
 
-
-def _diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
-    """View [I / group, group, group] of the diagonal blocks of a contiguous square matrix."""
-    assert matrix.is_contiguous()
-    size = matrix.shape[0]
-    return matrix.as_strided((size // group, group, group), (group * (size + 1), size, 1), matrix.storage_offset())

@@ -17,7 +17,7 @@ from torch import Tensor
 from aqlm_tensor.quantizer.group_search import PAIR_LIMIT, GroupSearch, fixed_point_pairs, pair_order
 from aqlm_tensor.quantizer.parallel import compiled_search, map_rows
 
-__all__ = ["Coupling", "gather", "sweep"]
+__all__ = ["Coupling", "diagonal_blocks", "gather", "sweep"]
 
 _BLOCK_COLUMNS = 256  # groups whose feedback is updated one by one before the next matrix product
 _TABLE_ELEMENTS = 1 << 24  # pair costs of one block
@@ -29,14 +29,31 @@ class Coupling:
 
     Attributes:
         metric: M of each group, [in_groups, G, G], symmetric positive semidefinite.
-        feedback: couplings between inputs, [I, I], zero in the diagonal blocks: errors e add e @ feedback to b. None if
-            there are none.
+        feedback: couplings between inputs, [I, I]: errors e add e @ feedback to b. Its diagonal blocks do not count, so
+            that it can be the metric of a whole row rather than a copy. None if there are none.
         causal: whether `feedback` reaches later groups only (error feedback from scratch).
     """
 
     metric: Tensor
     feedback: Tensor | None
     causal: bool
+
+    def between(self, inputs: slice, block: slice) -> Tensor | None:
+        """A copy of the couplings of some inputs with those of a block of groups, zero within a group."""
+        if self.feedback is None:
+            return None
+        found = self.feedback[inputs, block].clone(memory_format=torch.contiguous_format)
+        if inputs.start < block.stop and block.start < inputs.stop:
+            diagonal_blocks(found[block.start - inputs.start :], self.metric.shape[1]).zero_()
+        return found
+
+
+def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
+    """View [W / group, group, group] of the diagonal blocks of a contiguous matrix [at least W, W]."""
+    assert matrix.is_contiguous()
+    width = matrix.shape[1]
+    size = (width // group, group, group)
+    return matrix.as_strided(size, (group * (width + 1), width, 1), matrix.storage_offset())
 
 
 def gather(codebooks: Tensor, indices: Tensor) -> Tensor:
@@ -75,7 +92,7 @@ def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: C
         block = slice(start, min(start + visit.width, columns))
         inputs = slice(0, start if coupling.causal else columns)
         visit.prepare(block)
-        feedback = None if coupling.feedback is None else coupling.feedback[inputs, block].contiguous()
+        feedback = coupling.between(inputs, block)
 
         def work(rows: slice, block: slice = block, inputs: slice = inputs, feedback: Tensor | None = feedback) -> None:
             pending = (
@@ -123,8 +140,8 @@ class _CompiledBlocks:
                 tables[part, p], factors[part, p] = fixed_point_pairs(pairs)
 
         map_rows(work, groups, device, smallest=4)
-        whole = self.coupling.feedback
-        feedback = torch.empty(0, 0, device=device) if whole is None else whole[block, block].contiguous()
+        within = self.coupling.between(block, block)
+        feedback = torch.empty(0, 0, device=device) if within is None else within
         self.shared = (metric, feedback, self.flat, self.transposed, squares, tables, factors)
 
     def __call__(
@@ -146,7 +163,7 @@ class _TorchBlocks:
 
     def prepare(self, block: slice) -> None:
         """Couplings inside the block."""
-        self.inner = None if self.coupling.feedback is None else self.coupling.feedback[block, block]
+        self.inner = self.coupling.between(block, block)
 
     def __call__(
         self, rows: slice, block: slice, target: Tensor, pending: Tensor, error: Tensor, indices: Tensor
