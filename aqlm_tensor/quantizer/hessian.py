@@ -200,4 +200,3 @@ def _factor(metric: Tensor, damping: float) -> Tensor:
             f"(now {damping})"
         )
     return lower
-
