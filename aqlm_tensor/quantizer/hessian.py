@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from aqlm_tensor.quantizer.parallel import full_precision
 from aqlm_tensor.quantizer.search import Coupling, diagonal_blocks
 from aqlm_tensor.ranks import Ranks
 
@@ -56,9 +57,10 @@ class HessianAccumulator:
         if self._sum is not None:
             self._sum = self._wide()  # before there is a product beside it
         product = torch.zeros(self.in_features, self.in_features, device=x.device, dtype=torch.float32)
-        for chunk in rows.split(_CHUNK_TOKENS):
-            chunk = chunk.float()
-            product.addmm_(chunk.T, chunk)
+        with full_precision():
+            for chunk in rows.split(_CHUNK_TOKENS):
+                chunk = chunk.float()
+                product.addmm_(chunk.T, chunk)
         if not bool(product.diagonal().isfinite().all()):
             raise ValueError("inputs hold NaN, infinite or overflowing values: X^T X would be useless")
         self._add(product.to(self.device), rows.shape[0])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aqlm_tensor.quantizer.hessian import HessianAccumulator
 from aqlm_tensor.quantizer.layer import QuantizedLayer, quantize_layer
 from aqlm_tensor.quantizer.solver import SolverConfig
 from aqlm_tensor.scheme import AQLMScheme
@@ -43,10 +44,17 @@ def test_same_bits_every_time(text: str) -> None:
 
 
 def test_reduced_precision_of_products_is_not_used() -> None:
-    usual = solve("2x8g8", "cuda", data=True)
+    weight, inputs = random_weight(96, 192).cuda(), correlated_inputs(192, 300).cuda()
+
+    def quantized() -> QuantizedLayer:
+        seen = HessianAccumulator(192, "cuda")
+        seen.add(inputs)
+        return quantize_layer(weight, AQLMScheme.parse("2x8g8"), hessian=seen.value(), solver=SOLVER)
+
+    usual = quantized()
     torch.set_float32_matmul_precision("medium")
     try:
-        again = solve("2x8g8", "cuda", data=True)
+        again = quantized()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
