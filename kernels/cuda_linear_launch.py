@@ -72,7 +72,7 @@ def launch(
         out.data_ptr(),
         0 if partial is None else partial.data_ptr(),
         x.stride(0),
-        codes.stride(0),
+        codes.stride(0) * codes.element_size(),
         shape.tokens,
         shape.rows,
         shape.groups,

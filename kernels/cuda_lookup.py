@@ -1,9 +1,10 @@
 """1 to 256 tokens on NVIDIA GPUs, 64 at once: weights looked up from shared memory straight into tensor-core operands.
 
-For schemes of one, two or four codebooks of up to 256 entries over groups of 8 inputs (1x8g8, 2x8g8, 4x8g8). The
-weight is never stored: one launch reads the codes once and is bound by the lookups (16 bytes of shared memory each) up
-to some 16 tokens, by reading x and the tensor cores at 64. `cuda/lookup_linear.cu` describes the kernel; its variant
-and launch shape are chosen here, by arithmetic on the shape and the device's properties alone.
+For schemes of one, two or four codebooks of up to 256 entries over groups of 8 inputs (1x8g8, 2x8g8, 4x8g8), and one or
+two of up to 4096 where a block can have that much shared memory (2x12g8: A100, Hopper). The weight is never stored:
+one launch reads the codes once and is bound by the lookups (16 bytes of shared memory each) up to some 16 tokens, by
+reading x and the tensor cores at 64. `cuda/lookup_linear.cu` describes the kernel; its variant and launch shape are
+chosen here, by arithmetic on the shape and the device's properties alone.
 """
 
 import functools
@@ -31,7 +32,8 @@ __all__ = [
 ]
 
 MAX_TOKENS = 256
-_TOKENS_AT_ONCE = 64
+_TOKENS_AT_ONCE, _FEWEST_TOKENS = 64, 8
+_BYTE_BITS, _MAX_BITS = 8, 12
 _SOURCE = "lookup_linear.cu"
 _L2_BYTES_PER_CYCLE = 20  # of one multiprocessor while the codes stream in, measured on one H100
 # Keeping all of x staged must leave room in L1, which has the rest of the shared memory, for the loads in flight: with
@@ -92,7 +94,17 @@ def supports(problem: Problem) -> str | None:
         return "computes linear only"
     if not 1 <= problem.rows <= MAX_TOKENS:
         return f"runs 1 to {MAX_TOKENS} rows of x, not {problem.rows}"
-    return cuda_runtime.why_not_groups_of_8(problem, (1, 2, 4), (torch.float16, torch.bfloat16))
+    halves, scheme = (torch.float16, torch.bfloat16), problem.scheme
+    if scheme.nbits_per_codebook <= _BYTE_BITS:
+        return cuda_runtime.why_not_groups_of_8(problem, (1, 2, 4), halves)
+    reason = cuda_runtime.why_not_groups_of_8(problem, (1, 2), halves, _MAX_BITS)
+    if reason is not None:
+        return reason
+    processors, limit = cuda_runtime.device_limits(torch.device(problem.device).index or 0)
+    books, nbits, groups = scheme.num_codebooks, scheme.nbits_per_codebook, problem.in_features // 8
+    if choose_plan(Shape(books, nbits, _FEWEST_TOKENS, ROWS_PER_TILE, groups, 1), processors, limit) is None:
+        return f"needs room beside the codebooks of {scheme}, this GPU has {limit} bytes of shared memory per block"
+    return None
 
 
 def slower_than_next(problem: Problem) -> str | None:
@@ -151,6 +163,11 @@ def plan_with(shape: Shape, variant: Variant, processors: int, limit: int) -> Pl
     return best[1] if best else None
 
 
+def _group_bytes(shape: Shape) -> int:
+    """Bytes of one group's codes."""
+    return shape.books * (1 if shape.nbits <= _BYTE_BITS else 2)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_plan(shape: Shape, processors: int, limit: int) -> Plan | None:
     """The plan for a shape; None if no variant fits, so that the tokens must be split over several launches.
@@ -160,7 +177,7 @@ def choose_plan(shape: Shape, processors: int, limit: int) -> Plan | None:
     # With four codebooks the variant for 64 tokens is the faster one from 17 on: 156 us against 176 for 8192 x 28672.
     fitting = [v for v in VARIANTS if v.token_tiles * 8 >= shape.tokens and (shape.books < 4 or v.token_tiles != 4)]
     variant = fitting[0]
-    variant = replace(variant, groups_per_lane=min(variant.groups_per_lane, 16 // shape.books))
+    variant = replace(variant, groups_per_lane=min(variant.groups_per_lane, 16 // _group_bytes(shape)))
     for copies in (8, 4, 2, 1):
         for warps in (variant.warps, variant.warps // 2):
             if warps >= variant.row_warps:
@@ -198,7 +215,7 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
 
     Args:
         x: [tokens, in_features], 1 to 256 tokens, float16 or bfloat16.
-        codes: [out_features, in_features / 8, K] int8.
+        codes: [out_features, in_features / 8, K] int8, int16 for more than 8 bits.
         codebooks: [K, 2^N, 1, 8], or [P, K, 2^N, 1, 8] for P equal row partitions; dtype of x.
         scales: [out_features, 1, 1, 1], dtype of x.
         bias: [out_features] or None.
@@ -226,20 +243,20 @@ def _product(shape: Shape, out: Tensor, operands: Operands, at_once: int, proces
             some = slice(first, min(first + at_once, shape.tokens))
             part = replace(shape, tokens=some.stop - first)
             _product(part, out[some], (operands[0][some], *operands[1:]), at_once, processors, limit)
-    elif cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
+    elif shape.nbits <= _BYTE_BITS and cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
         cuda_lookup_hopper.run_plan(shape, cuda_lookup_hopper.choose_plan(shape, processors), out, operands)
     elif (plan := choose_plan(shape, processors, limit)) is not None:
         run_plan(shape, plan, out, operands)
     else:
-        assert at_once > 8, "8 tokens fit every supported device"
-        _product(shape, out, operands, max(8, shape.tokens // 16 * 8), processors, limit)
+        assert at_once > _FEWEST_TOKENS, "8 tokens fit every supported device"
+        _product(shape, out, operands, max(_FEWEST_TOKENS, shape.tokens // 16 * 8), processors, limit)
 
 
 def run_plan(shape: Shape, plan: Plan, out: Tensor, operands: Operands) -> None:
     """Write `linear` of prepared operands into the rows `out` with a given plan, on the current device."""
     variant, codes = plan.variant, operands[1]
-    lane_bytes = variant.groups_per_lane * shape.books
-    aligned = shape.groups % variant.groups_per_lane == 0 and (codes.data_ptr() | codes.stride(0)) % lane_bytes == 0
+    lane_bytes, row_bytes = variant.groups_per_lane * _group_bytes(shape), codes.stride(0) * codes.element_size()
+    aligned = shape.groups % variant.groups_per_lane == 0 and (codes.data_ptr() | row_bytes) % lane_bytes == 0
     kernel = _kernel(shape, plan, out.dtype, aligned, out.device.index)
     threads, superblock = variant.warps * 32, 4 * variant.groups_per_lane
     launch(kernel, shape, plan.grid, threads, plan.shared_bytes, out, operands, superblock=superblock, slots=plan.slots)

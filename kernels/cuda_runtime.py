@@ -58,20 +58,21 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not_groups_of_8(
-    problem: Problem, num_codebooks: Collection[int], dtypes: Collection[torch.dtype]
+    problem: Problem, num_codebooks: Collection[int], dtypes: Collection[torch.dtype], nbits: int = 8
 ) -> str | None:
-    """Why a kernel for codes of at most 8 bits over groups of 8 inputs cannot run a problem; None if it can.
+    """Why a kernel for codes of at most `nbits` bits over groups of 8 inputs cannot run a problem; None if it can.
 
     Args:
         problem: what is to be computed.
         num_codebooks: the numbers of codebooks the kernel has.
         dtypes: the dtypes it computes in.
+        nbits: the most bits of a code.
     """
     scheme = problem.scheme
     if scheme.in_group_size != 8 or scheme.out_group_size != 1:
         return f"needs groups of 8 inputs and 1 output, not {scheme}"
-    if scheme.num_codebooks not in num_codebooks or scheme.nbits_per_codebook > 8:
-        return f"needs {', '.join(map(str, num_codebooks))} codebooks of at most 8 bits, not {scheme}"
+    if scheme.num_codebooks not in num_codebooks or scheme.nbits_per_codebook > nbits:
+        return f"needs {', '.join(map(str, num_codebooks))} codebooks of at most {nbits} bits, not {scheme}"
     if problem.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"computes in {names}, not {problem.dtype}"

@@ -1,12 +1,14 @@
 // Codebooks in shared memory and the lookup of 16-byte entries, for kernels that decode weights into tensor-core fragments,
 // and their parameters.
 //
-// Compile-time constants: NUM_BOOKS, NBITS, DTYPE_BF16, GROUPS_PER_LANE (groups of one row that a lane decodes from one
-// load of codes), COPIES (of each entry, in neighbouring 16-byte columns: with 8, no lookups collide in a bank).
+// Compile-time constants: NUM_BOOKS, NBITS (up to 12; beyond 8, codes have 16 bits), DTYPE_BF16, GROUPS_PER_LANE (groups of
+// one row that a lane decodes from one load of codes), COPIES (of each entry, in neighbouring 16-byte columns: with 8, no
+// lookups collide in a bank).
 #pragma once
 #include "common.cuh"
 
-constexpr int kLaneBytes = GROUPS_PER_LANE * NUM_BOOKS;         // codes one lane reads at once from one row
+constexpr int kCodeBytes = NBITS > 8 ? 2 : 1;
+constexpr int kLaneBytes = GROUPS_PER_LANE * NUM_BOOKS * kCodeBytes;  // codes one lane reads at once from one row
 constexpr int kWords = (kLaneBytes + 3) / 4;
 // Two codebooks share a table row: entry e of book b stands at table b / 2, row e, half b % 2. With 8 copies a row has
 // 256 bytes, so that one byte permutation makes a code byte into an address.
@@ -18,7 +20,7 @@ constexpr int kBooksBytes = (NUM_BOOKS + 1) / 2 * kTableBytes;
 // What both kernels take; `cuda_linear_launch.py` packs it.
 struct LinearParams {
   const u16* x;         // [tokens, 8 * groups]
-  const u8* codes;      // [partitions * rows, groups, NUM_BOOKS]
+  const u8* codes;      // [partitions * rows, groups, NUM_BOOKS], of kCodeBytes each
   const u16* books;     // [partitions, NUM_BOOKS, 2^NBITS, 8]
   const u16* scales;    // [partitions * rows]
   const u16* bias;      // [partitions * rows] or null
@@ -38,14 +40,14 @@ __device__ __forceinline__ void first_threads_barrier() {
   asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory");
 }
 
-// Where in the codebooks the entry of book BOOK that byte BYTE of the lane's codes names stands, without the constant
+// Where in the codebooks the entry of book BOOK that code CODE of the lane names stands, without the constant
 // kBookOffset<BOOK>. `column` is the lane's copy, in bytes.
-template <int BYTE>
+template <int CODE>
 __device__ __forceinline__ u32 entry_offset(const u32 (&words)[kWords], u32 column) {
-  constexpr int kShift = 8 * (BYTE % 4);
-  const u32 word = words[BYTE / 4];
+  constexpr int kByte = CODE * kCodeBytes, kShift = 8 * (kByte % 4);
+  const u32 word = words[kByte / 4];
   if constexpr (kRowBytes == 256 && NBITS == 8) {
-    return __byte_perm(word, column, 0x5504 | (BYTE % 4) << 4);  // bytes: column, code, 0, 0
+    return __byte_perm(word, column, 0x5504 | (kByte % 4) << 4);  // bytes: column, code, 0, 0
   } else {
     return (word >> kShift & ((1u << NBITS) - 1)) * kRowBytes | column;
   }
@@ -54,9 +56,9 @@ __device__ __forceinline__ u32 entry_offset(const u32 (&words)[kWords], u32 colu
 template <int BOOK>
 constexpr int kBookOffset = BOOK / 2 * kTableBytes + BOOK % 2 * kHalfBytes;
 
-template <int BYTE, int BOOK>
+template <int CODE, int BOOK>
 __device__ __forceinline__ uint4 look_up(const u8* books, const u32 (&words)[kWords], u32 column) {
-  return *reinterpret_cast<const uint4*>(books + entry_offset<BYTE>(words, column) + kBookOffset<BOOK>);
+  return *reinterpret_cast<const uint4*>(books + entry_offset<CODE>(words, column) + kBookOffset<BOOK>);
 }
 
 // The eight weights (before the scale) of the lane's group STEP. The packed adds write straight into the fragments'

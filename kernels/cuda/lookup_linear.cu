@@ -67,6 +67,7 @@ __device__ __forceinline__ void load_codes(const LinearParams& p, const u8* row,
   int vector = min(superblock * GROUPS_PER_STEP + quad, p.groups / GROUPS_PER_LANE - 1);
   load_once(row + vector * kLaneBytes, wanted, words);
 #else
+  constexpr int kGroupBytes = NUM_BOOKS * kCodeBytes;
   int first = (superblock * GROUPS_PER_STEP + quad) * GROUPS_PER_LANE;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -74,8 +75,8 @@ __device__ __forceinline__ void load_codes(const LinearParams& p, const u8* row,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int byte = 4 * w + i;
-      int group = min(first + byte / NUM_BOOKS, p.groups - 1);
-      if (wanted) words[w] |= static_cast<u32>(row[group * NUM_BOOKS + byte % NUM_BOOKS]) << (8 * i);
+      int group = min(first + byte / kGroupBytes, p.groups - 1);
+      if (wanted) words[w] |= static_cast<u32>(row[group * kGroupBytes + byte % kGroupBytes]) << (8 * i);
     }
   }
 #endif

@@ -1,5 +1,6 @@
 """Every CUDA source compiles for every supported architecture, and the runtime's cache; none of it needs a GPU."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -27,26 +28,29 @@ def shared_limit(arch: str) -> int:
     return 65536 if arch == "sm_75" else 101376 if arch in ("sm_86", "sm_89", "sm_120") else 166912
 
 
-def lookup_defines(tokens: int, arch: str, books: int = 2) -> tuple[tuple[str, int], ...]:
+def lookup_defines(tokens: int, arch: str, nbits: int) -> tuple[tuple[str, int], ...]:
     limit = shared_limit(arch)
-    shape = Shape(books, 8, tokens, 4096, 512, 1)
+    shape = Shape(2, nbits, tokens, 4096, 512, 1)
     plan = cuda_lookup.choose_plan(shape, 40, limit)
     assert plan is not None
     return cuda_lookup.variant_defines(shape, plan, torch.float16 if arch == "sm_75" else torch.bfloat16, tokens > 1)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tokens", [1, 32])
-def test_lookup_compiles(arch: str, tokens: int) -> None:
-    code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch), arch)
+@pytest.mark.parametrize(("tokens", "nbits"), [(1, 8), (32, 8), (16, 10)])
+def test_lookup_compiles(arch: str, tokens: int, nbits: int) -> None:
+    code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch, nbits), arch)
     assert b"lookup_linear" in code
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("tokens", "group", "aligned"), [(1, 8, True), (16, 16, False), (64, 8, True)])
-def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "group", "aligned", "int8"),
+    [(1, 8, True, False), (16, 16, False, False), (64, 8, True, False), (1, 8, True, True), (64, 16, False, True)],
+)
+def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, int8: bool, arch: str) -> None:
     shape = cuda_sliced_codebook.Shape(16, group, tokens, 4096, 4096 // group, 1)
-    plan = cuda_sliced_codebook.choose_plan(shape, 40, shared_limit(arch))
+    plan = cuda_sliced_codebook.choose_plan(shape, 40, shared_limit(arch), int8)
     dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
     defines = cuda_sliced_codebook.variant_defines(shape, plan, dtype, aligned)
     code = cuda_runtime.compile_source("sliced_codebook.cu", defines, arch)
@@ -107,13 +111,13 @@ def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("processors", "limit"), DEVICES)
-@pytest.mark.parametrize("books", [1, 2, 4])
+@pytest.mark.parametrize(("books", "nbits"), [(1, 8), (2, 8), (4, 8), (1, 12), (2, 12)])
 @pytest.mark.parametrize(("rows", "groups"), [(4096, 512), (28672, 1024), (8192, 3584), (1, 1), (1000, 173)])
-def test_plans_fit_the_device(processors: int, limit: int, books: int, rows: int, groups: int) -> None:
+def test_plans_fit_the_device(processors: int, limit: int, books: int, nbits: int, rows: int, groups: int) -> None:
     for tokens in (1, 4, 8, 9, 16, 32, 64):
-        plan = cuda_lookup.choose_plan(Shape(books, 8, tokens, rows, groups, 1), processors, limit)
+        plan = cuda_lookup.choose_plan(Shape(books, nbits, tokens, rows, groups, 1), processors, limit)
         if plan is None:
-            assert tokens > 8, "8 tokens must fit"
+            assert tokens > 8 or books * 16 << nbits > limit * 0.6, "8 tokens must fit, beside the codebooks"
             continue
         variant = plan.variant
         assert plan.shared_bytes <= limit
@@ -129,10 +133,10 @@ def test_plans_fit_the_device(processors: int, limit: int, books: int, rows: int
 def test_sliced_codebook_plans_fit_the_device(
     processors: int, limit: int, nbits: int, group: int, rows: int, groups: int
 ) -> None:
-    for tokens in (1, 8, 9, 16, 17, 32, 64):
+    for tokens, int8 in itertools.product((1, 8, 9, 16, 17, 32, 64), (False, True)):
         for partitions in (1, 3, 200):
             shape = cuda_sliced_codebook.Shape(nbits, group, tokens, rows, groups, partitions)
-            plan = cuda_sliced_codebook.choose_plan(shape, processors, limit)
+            plan = cuda_sliced_codebook.choose_plan(shape, processors, limit, int8)
             variant = plan.variant
             assert plan.shared_bytes <= limit
             assert tokens <= (8 if variant.few_tokens else 16 * variant.token_tiles)
