@@ -200,8 +200,9 @@ class AQLMTensor(TorchAOBaseTensor):
         check_codes(self.codes, self.scheme.nbits_per_codebook)
 
     def invalidate_cache(self) -> None:
-        """Forget what kernels derived from the codes; needed only after writing to `codes.data` behind torch's back."""
+        """Forget what kernels derived from codes and codebooks; needed only after writing to their `.data`."""
         registry.invalidate(self.codes)
+        registry.invalidate(self.codebooks)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept False only: a gradient to the packed weight as a whole does not exist.

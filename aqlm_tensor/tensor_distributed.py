@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from aqlm_tensor.kernels import registry
 from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.tensor_ops import REMEDY
 
@@ -71,7 +70,7 @@ def _post_all_gather(
     gathered = [name for name in self.tensor_data_names if name not in metadata]
     parts = dict(zip(gathered, all_gather_outputs, strict=True)) | metadata
     whole = AQLMTensor(parts["codes"], parts["codebooks"], parts["scales"])
-    registry.invalidate(whole.codes)  # FSDP2 wrote to them without a change of their version
+    whole.invalidate_cache()  # FSDP2 wrote to them without a change of their version
     if out is None:
         return whole, ()
     target = getattr(out, "_local_tensor", out)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
 from aqlm_tensor.kernels.cuda_linear_launch import finish
+from aqlm_tensor.kernels.int8_codebooks import Int8Codebooks
 from aqlm_tensor.kernels.registry import Problem
 
 __all__ = [
@@ -28,13 +29,14 @@ __all__ = [
     "choose_plan",
     "linear",
     "run_plan",
+    "shape_of",
     "supports",
     "variant_defines",
 ]
 
 MAX_TOKENS = 64
 _SOURCE = "sliced_codebook.cu"
-_PARAMS = struct.Struct("4Qq6i")
+_PARAMS = struct.Struct("5Qq6i")
 _FRAGMENT_PARAMS = struct.Struct("2Qq3i4x")
 _FRAGMENT_THREADS = 256
 _GROUPS_PER_LANE = 8
@@ -54,6 +56,7 @@ class Variant:
     warps: int
     row_tiles: int
     row_warps: tuple[int, ...]
+    int8: bool = False
 
     @property
     def tile_rows(self) -> int:
@@ -78,6 +81,13 @@ VARIANTS = (
     Variant(8, 1, False, 16, 6, (4, 16)),
     Variant(4, 2, False, 8, 8, (4, 8)),
     Variant(4, 4, False, 8, 4, (8,)),
+)
+# The same for slices of two dimensions in 8-bit integers.
+INT8_VARIANTS = (
+    Variant(4, 1, True, 16, 6, (2, 4, 8, 16), int8=True),
+    Variant(4, 1, False, 16, 6, (4, 8, 16), int8=True),
+    Variant(4, 2, False, 16, 4, (4, 8, 16), int8=True),
+    Variant(4, 4, False, 8, 4, (8,), int8=True),
 )
 
 
@@ -133,7 +143,7 @@ def _plan_with(
     tiles = math.ceil(shape.rows / variant.tile_rows)
     ranges = min(tiles, max(1, processors // (slices * shape.partitions)))
     entries = math.ceil((1 << shape.nbits) / entry_parts)
-    fixed = math.ceil(entries * variant.width / 128) * 128
+    fixed = math.ceil(entries * variant.width / (2 if variant.int8 else 1) / 128) * 128
     if k_warps > 1:
         fixed += k_warps * shape.tokens * (variant.tile_rows * row_warps + 4) * 4
     blocks = math.ceil(superblocks / k_warps)
@@ -151,9 +161,10 @@ def _plan_with(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_plan(shape: Shape, processors: int, limit: int) -> Plan:
+def choose_plan(shape: Shape, processors: int, limit: int, int8: bool = False) -> Plan:
     """The plan for a shape of at least one group on a device with `limit` bytes of shared memory per block."""
-    variant = next(v for v in VARIANTS if shape.tokens <= (8 if v.few_tokens else 16 * v.token_tiles))
+    variants = INT8_VARIANTS if int8 else VARIANTS
+    variant = next(v for v in variants if shape.tokens <= (8 if v.few_tokens else 16 * v.token_tiles))
     entry_parts = 1
     while True:  # ends: 64 KB hold the activations and a small part of the codebook
         plans = [_plan_with(shape, variant, entry_parts, n, processors, limit) for n in variant.row_warps]
@@ -170,6 +181,7 @@ def variant_defines(shape: Shape, plan: Plan, dtype: torch.dtype, aligned: bool)
         ("NBITS", shape.nbits),
         ("GROUP", shape.group),
         ("WIDTH", variant.width),
+        ("INT8", int(variant.int8)),
         ("ENTRY_PARTS", plan.entry_parts),
         ("DTYPE_BF16", int(dtype == torch.bfloat16)),
         ("WARPS", variant.warps),
@@ -211,12 +223,17 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if not out.numel() or not codes.numel():
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
-    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
-    nbits = codebooks.shape[-3].bit_length() - 1
-    shape = Shape(nbits, codebooks.shape[-1], x.shape[0], codes.shape[0] // partitions, codes.shape[1], partitions)
+    shape = shape_of(x, codes, codebooks)
     with cuda_runtime.on_device(x.device):
         run_plan(shape, choose_plan(shape, *cuda_runtime.device_limits(x.device.index)), out, *operands)
     return out
+
+
+def shape_of(x: Tensor, codes: Tensor, codebooks: Tensor) -> Shape:
+    """What a plan depends on, of operands as `linear` takes them."""
+    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
+    nbits = codebooks.shape[-3].bit_length() - 1
+    return Shape(nbits, codebooks.shape[-1], x.shape[0], codes.shape[0] // partitions, codes.shape[1], partitions)
 
 
 def run_plan(
@@ -228,8 +245,12 @@ def run_plan(
     codebooks: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    int8: Int8Codebooks | None = None,
 ) -> None:
-    """Write `linear` of prepared operands into `out` with a given plan, on the current device."""
+    """Write `linear` of prepared operands into `out` with a given plan, on the current device.
+
+    A plan of an int8 variant multiplies with `int8`, the copy of the codebooks.
+    """
     variant = plan.variant
     aligned = shape.groups % _GROUPS_PER_LANE == 0 and (codes.data_ptr() | codes.stride(0) * 2) % 16 == 0
     slice_x, multiply = _kernels(shape, plan, x.dtype, aligned, x.device.index)
@@ -244,7 +265,8 @@ def run_plan(
     values = (
         fragments.data_ptr(),
         codes.data_ptr(),
-        codebooks.data_ptr(),
+        codebooks.data_ptr() if int8 is None else int8.entries.data_ptr(),
+        0 if int8 is None else int8.scales.data_ptr(),
         partial.data_ptr(),
         codes.stride(0),
         shape.tokens,

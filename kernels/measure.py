@@ -74,7 +74,7 @@ def _able(
 ) -> list[registry.Kernel]:
     """The kernels that can run a product, but for the slow fallback."""
     problem = registry.Problem("linear", scheme, rows, shape[1], shape[0], 1, dtype, device)
-    return [kernel for kernel in registry.KERNELS if kernel.fast and kernel.why_not(problem) is None]
+    return [kernel for kernel in registry.KERNELS if kernel.fast and not kernel.option and kernel.why_not(problem) is None]
 
 
 def _crossovers(

@@ -1,12 +1,17 @@
 """Which kernel runs, and why: a static table of kernels, asked in order.
 
 Every kernel is a module with the functions `supports(problem)`, `linear`, `linear_input_grad` and `dequantize` over
-plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), `invalidate(codes)` if it caches anything, and
+plain tensors (see `aqlm_tensor.kernels.reference` for their meaning), `invalidate(tensor)` if it caches anything, and
 `slower_than_next(problem)` if a later row is known to be the better choice for some problems. The first kernel in
 `KERNELS` that both questions pass runs, unless a table of measured crossovers (`aqlm_tensor.kernels.crossovers`) names
 another for the device. The choice depends only on the `Problem` and that table, never on timing at run time, so the
 same call gives the same bits in every process. `force_kernel` or the environment variable AQLM_TENSOR_KERNEL (read
 at the first choice) names one kernel instead; if it cannot run the problem, that is an error with its reason.
+
+A kernel that gives up accuracy for speed belongs to an option and runs only where that is allowed: `allow` or the
+environment variable AQLM_TENSOR_ALLOW (names separated by commas) does, as does forcing the kernel. `OPTIONS` says what
+each one costs. The choice is made when a product runs or is captured: torch.compile's graphs follow it, a CUDA graph
+keeps the kernel it was captured with.
 """
 
 import contextlib
@@ -16,7 +21,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -27,11 +32,14 @@ from aqlm_tensor.kernels import crossovers
 from aqlm_tensor.scheme import AQLMScheme
 
 __all__ = [
+    "ALLOW_VARIABLE",
     "ENV_VARIABLE",
     "KERNELS",
+    "OPTIONS",
     "Kernel",
     "Op",
     "Problem",
+    "allow",
     "explain",
     "force_kernel",
     "implementation",
@@ -41,6 +49,12 @@ __all__ = [
 ]
 
 ENV_VARIABLE = "AQLM_TENSOR_KERNEL"
+ALLOW_VARIABLE = "AQLM_TENSOR_ALLOW"
+
+# What trades accuracy for speed, and what it does to the result.
+OPTIONS = {
+    "int8_codebooks": "rounds the entries of a large codebook to 8-bit integers with one scale for two dimensions",
+}
 
 Op = Literal["linear", "linear_input_grad", "dequantize"]
 
@@ -89,6 +103,7 @@ class Kernel:
         requires: importable packages it needs.
         remedy: how to install them.
         fast: False for the fallback, which is right but slow and says so once.
+        option: which of `OPTIONS` must be allowed before it is chosen; none for a kernel that obeys the contract.
     """
 
     name: str
@@ -97,6 +112,7 @@ class Kernel:
     requires: tuple[str, ...] = ()
     remedy: str = ""
     fast: bool = True
+    option: str = ""
 
     def why_not(self, problem: Problem) -> str | None:
         """The reason why this kernel cannot run the problem, or None if it can."""
@@ -107,11 +123,13 @@ class Kernel:
             return f"needs {' and '.join(missing)}: {self.remedy}"
         return importlib.import_module(self.module).supports(problem)
 
-    def why_not_chosen(self, problem: Problem) -> str | None:
-        """The reason why this kernel is passed over unless forced: it cannot run, or a later one is faster here."""
+    def why_not_chosen(self, problem: Problem, allowed: frozenset[str] = frozenset()) -> str | None:
+        """The reason why this kernel is passed over unless forced: it cannot run or may not, or another is faster."""
         reason = self.why_not(problem)
         if reason is not None:
             return reason
+        if self.option and self.option not in allowed:
+            return f"{OPTIONS[self.option]}: set {ALLOW_VARIABLE}={self.option} to allow it"
         slower = getattr(importlib.import_module(self.module), "slower_than_next", None)
         return None if slower is None else slower(problem)
 
@@ -125,17 +143,19 @@ def _function(module: str, op: Op) -> Callable[..., torch.Tensor]:
     return getattr(importlib.import_module(module), op)
 
 
-def _cuda(name: str) -> Kernel:
+def _cuda(name: str, option: str = "") -> Kernel:
     return Kernel(
         name,
         f"aqlm_tensor.kernels.{name}",
         device_types=("cuda",),
         requires=("cuda.core",),
         remedy="pip install 'aqlm-tensor[cuda]'",
+        option=option,
     )
 
 
-# Fastest first where several can run and nothing was measured. Up to four tokens of 2x8g8: partial sums, then lookup;
+# Fastest first where several can run and nothing was measured; what needs an option, and was not measured therefore,
+# before the others it would replace. Up to four tokens of 2x8g8: partial sums, then lookup;
 # up to 64: lookup; beyond, the product with tiles of looked-up weights (Hopper) or decoding pieces for cuBLAS.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
@@ -145,6 +165,7 @@ KERNELS: tuple[Kernel, ...] = (
         requires=("numba",),
         remedy="pip install 'aqlm-tensor[cpu]'",
     ),
+    _cuda("cuda_int8_codebook", option="int8_codebooks"),
     _cuda("cuda_partial_sums"),
     _cuda("cuda_lookup"),
     _cuda("cuda_sliced_codebook"),
@@ -162,6 +183,7 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 _forced: ContextVar[str | None] = ContextVar("aqlm_tensor_forced_kernel", default=None)
+_allowed: ContextVar[frozenset[str] | None] = ContextVar("aqlm_tensor_allowed_options", default=None)
 _recorder: ContextVar[list[tuple[Op, str]] | None] = ContextVar("aqlm_tensor_kernel_recorder", default=None)
 
 
@@ -171,7 +193,7 @@ def implementation(problem: Problem) -> Callable[..., torch.Tensor]:
     Raises:
         ValueError: if a kernel is forced that does not exist or cannot run the problem.
     """
-    kernel = _choose(problem, _forced.get() or _environment())
+    kernel = _choose(problem, _forced.get() or _environment(), _options())
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append((problem.op, kernel.name))
@@ -182,6 +204,43 @@ def implementation(problem: Problem) -> Callable[..., torch.Tensor]:
 def _environment() -> str | None:
     """Read once: looking into os.environ takes longer than all the rest of a choice."""
     return os.environ.get(ENV_VARIABLE) or None
+
+
+def _options() -> frozenset[str]:
+    """The options allowed here."""
+    allowed = _allowed.get()
+    return _environment_options() if allowed is None else allowed
+
+
+@functools.cache
+def _environment_options() -> frozenset[str]:
+    """Read once, too.
+
+    Raises:
+        ValueError: if an option does not exist.
+    """
+    return _known_options(name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip())
+
+
+def _known_options(names: Iterable[str]) -> frozenset[str]:
+    chosen = frozenset(names)
+    for name in sorted(chosen - OPTIONS.keys()):
+        raise ValueError(f"no option is named {name!r}: choose of {', '.join(OPTIONS)}")
+    return chosen
+
+
+@contextlib.contextmanager
+def allow(*options: str) -> Iterator[None]:
+    """Allow exactly these of `OPTIONS` inside the block, in this thread, whatever the environment allows.
+
+    Raises:
+        ValueError: if an option does not exist.
+    """
+    token = _allowed.set(_known_options(options))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
 
 
 @contextlib.contextmanager
@@ -212,12 +271,21 @@ def record() -> Iterator[list[tuple[Op, str]]]:
 
 def explain(problem: Problem) -> list[tuple[Kernel, str | None]]:
     """Every kernel of the table with the reason why it is passed over, or None; the first None is chosen."""
+    return _explain(problem, _options())
+
+
+def _explain(problem: Problem, allowed: frozenset[str]) -> list[tuple[Kernel, str | None]]:
     measured = _measured(problem)
-    if measured is None:
-        return [(kernel, kernel.why_not_chosen(problem)) for kernel in KERNELS]
-    fastest, source = measured
-    slower = f"slower than {fastest.name} as measured {source}"
-    return [(kernel, None if kernel is fastest else kernel.why_not(problem) or slower) for kernel in KERNELS]
+
+    def reason(kernel: Kernel) -> str | None:
+        if measured is None or kernel.option:
+            return kernel.why_not_chosen(problem, allowed)
+        fastest, source = measured
+        if kernel is fastest:
+            return None
+        return kernel.why_not(problem) or f"slower than {fastest.name} as measured {source}"
+
+    return [(kernel, reason(kernel)) for kernel in KERNELS]
 
 
 def _measured(problem: Problem) -> tuple[Kernel, str] | None:
@@ -233,18 +301,19 @@ def _measured(problem: Problem) -> tuple[Kernel, str] | None:
     return None if kernel is None or kernel.why_not(problem) is not None else (kernel, source)
 
 
-def invalidate(codes: torch.Tensor) -> None:
-    """Make every kernel forget what it derived from these codes (repacked copies, tables)."""
+def invalidate(tensor: torch.Tensor) -> None:
+    """Make every kernel forget what it derived from these codes or codebooks (repacked copies, tables)."""
     for kernel in KERNELS:
         module = sys.modules.get(kernel.module)  # a kernel that never ran has nothing to forget
         if module is not None and hasattr(module, "invalidate"):
-            module.invalidate(codes)
+            module.invalidate(tensor)
 
 
 def refresh() -> None:
     """Choose anew from now on, after new crossovers were stored or the environment variable was changed."""
     crossovers.forget()
     _environment.cache_clear()
+    _environment_options.cache_clear()
     _choose.cache_clear()
 
 
@@ -256,7 +325,7 @@ def _by_name(name: str) -> Kernel:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, forced: str | None) -> Kernel:
+def _choose(problem: Problem, forced: str | None, allowed: frozenset[str]) -> Kernel:
     if forced is not None:
         kernel = _by_name(forced)
         reason = kernel.why_not(problem)
@@ -264,7 +333,7 @@ def _choose(problem: Problem, forced: str | None) -> Kernel:
             raise ValueError(f"kernel {forced!r} was forced but cannot run {problem.op} of {problem.scheme}: {reason}")
         return kernel
     reasons = []
-    for kernel, reason in explain(problem):
+    for kernel, reason in _explain(problem, allowed):
         if reason is None:
             if not kernel.fast:
                 _warn_slow(problem, reasons)

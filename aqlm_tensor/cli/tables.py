@@ -118,7 +118,10 @@ def kernels(
     answers = []
     for count in counts:
         problem = Problem("linear", parsed, count, in_features, out_features, 1, float_type, target)
-        table = [{"kernel": kernel.name, "reason": reason} for kernel, reason in registry.explain(problem)]
+        table = [
+            {"kernel": kernel.name, "option": kernel.option or None, "reason": reason}
+            for kernel, reason in registry.explain(problem)
+        ]
         chosen = next((row["kernel"] for row in table if row["reason"] is None), None)
         answers.append({"rows": count, "chosen": chosen, "kernels": table})
     if as_json:
@@ -141,6 +144,7 @@ def _measure(scheme: AQLMScheme, dtype: torch.dtype, device: torch.device) -> No
 
 
 def _verdict(row: dict[str, Any], chosen: str | None) -> str:
+    option = row["option"]
     if row["kernel"] == chosen:
-        return "runs"
+        return f"runs, since {option} is allowed; it {registry.OPTIONS[option]}" if option else "runs"
     return row["reason"] or f"could run, but {chosen} comes before it"

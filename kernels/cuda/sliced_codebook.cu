@@ -17,10 +17,13 @@
 // Warps form ROW_WARPS x WARPS / ROW_WARPS: row warps take different tiles of rows and share staged fragments, k warps take
 // different superblocks (all lanes' groups of a row).
 //
+// With INT8 a slice is two dimensions rounded to 8-bit integers, of which shared memory holds all entries of a 16-bit code:
+// no lookup is in vain. They become 16-bit floats in registers, exactly, and the slice's scale multiplies the sums.
+//
 // Grid: (slices, row ranges, row partitions with codebooks of their own). Compile-time constants: NBITS, GROUP (inputs of a
-// group: 8 or 16), WIDTH (4 or 8), ENTRY_PARTS, DTYPE_BF16, WARPS, ROW_WARPS, ROW_TILES (tiles a warp accumulates at
-// once), TOKEN_TILES (of 16 tokens), FEW_TOKENS (1: at most 8), ALIGNED (1: every row of codes is a whole number of
-// aligned vectors of eight).
+// group: 8 or 16), WIDTH (4 or 8; 4 with INT8), INT8 (1: the codebook is the copy in 8-bit integers), ENTRY_PARTS,
+// DTYPE_BF16, WARPS, ROW_WARPS, ROW_TILES (tiles a warp accumulates at once), TOKEN_TILES (of 16 tokens), FEW_TOKENS (1: at
+// most 8), ALIGNED (1: every row of codes is a whole number of aligned vectors of eight).
 #include "common.cuh"
 
 constexpr int kThreads = WARPS * 32;
@@ -32,15 +35,18 @@ constexpr int kLanesPerRow = 32 / kTileRows;
 constexpr int kSuperblock = kLanesPerRow * kGroups;
 constexpr int kWords = kGroups / 2;
 constexpr int kDimParts = GROUP * 2 / WIDTH;
-constexpr int kEntries = ((1 << NBITS) + ENTRY_PARTS - 1) / ENTRY_PARTS;
-constexpr int kTableBytes = (kEntries * WIDTH + 127) / 128 * 128;
+constexpr int kEntryBytes = INT8 ? WIDTH / 2 : WIDTH;  // of a slice, in shared memory
+constexpr int kCopied = INT8 ? 16 / kEntryBytes : 1;   // entries copied at once
+constexpr int kEntries = ((1 << NBITS) + ENTRY_PARTS * kCopied - 1) / (ENTRY_PARTS * kCopied) * kCopied;
+constexpr int kTableBytes = (kEntries * kEntryBytes + 127) / 128 * 128;
 constexpr int kFragments = kGroups * WIDTH / 8;  // of a lane in a superblock, each for one tensor-core instruction
 constexpr int kRowBytes = 4 * kFragments * 16;   // of one row of fragments (two rows of A) in a superblock
 
 struct SlicedParams {
   const u8* x;           // [dimension parts, superblocks, fragment rows, kRowBytes], from slice_x
   const u16* codes;      // [partitions * rows, groups]
-  const u8* book;        // [partitions, 2^NBITS, GROUP] 16-bit floats
+  const u8* book;        // [partitions, 2^NBITS, GROUP] 16-bit floats; INT8: [partitions, dimension parts, 2^NBITS, 2]
+  const float* scales;   // [partitions, dimension parts], INT8 only
   float* partial;        // [slices, tokens, partitions * rows]
   long long code_stride;  // elements from one row of codes to the next
   int tokens, rows, groups;
@@ -72,6 +78,21 @@ __device__ __forceinline__ void copy_entry(u32 shared, const u8* global) {
 #endif
 }
 
+// Copy the block's entries; asynchronously from sm_80 on.
+__device__ __forceinline__ void copy_table(const SlicedParams& p, u32 table, int dim_part, int first, int thread) {
+  const int entries = min(kEntries, (1 << NBITS) - first);
+#if INT8
+  const long long slice = static_cast<long long>(blockIdx.z) * kDimParts + dim_part;
+  const u8* book = p.book + ((slice << NBITS) + first) * kEntryBytes;
+#pragma unroll 4
+  for (int i = thread * 16; i < entries * kEntryBytes; i += kThreads * 16) copy_async_16(table + i, book + i, true);
+#else
+  const u8* book = p.book + ((static_cast<long long>(blockIdx.z) << NBITS) + first) * GROUP * 2 + dim_part * WIDTH;
+#pragma unroll 4
+  for (int i = thread; i < entries; i += kThreads) copy_entry(table + i * WIDTH, book + static_cast<long long>(i) * GROUP * 2);
+#endif
+}
+
 // The lane's codes of one row; zeros without a memory access where `wanted` is false.
 __device__ __forceinline__ void load_codes(const SlicedParams& p, const u16* row, int superblock, int part, bool wanted,
                                            u32 (&words)[kWords]) {
@@ -90,6 +111,22 @@ __device__ __forceinline__ void load_codes(const SlicedParams& p, const u16* row
 #endif
 }
 
+#if INT8
+// Two 8-bit integers as 16-bit floats. The bits 0x43uu are 128 + u of bfloat16 below u = 128, whose sign bit makes 128 into
+// 256: without it and alone, their difference is the integer. Of float16, 0x64uu is 1024 + u.
+__device__ __forceinline__ u32 widen(u32 pair) {
+  u32 value;
+#if DTYPE_BF16
+  const u32 both = __byte_perm(pair, 0x43, 0x4140);
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(value) : "r"(both & 0xff80ff80), "r"(0xbf80bf80u), "r"(both & 0xff7fff7f));
+#else
+  const u32 both = __byte_perm(pair, 0x64, 0x4140) ^ 0x00800080;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(value) : "r"(both), "r"(0xe480e480u));  // -(1024 + 128)
+#endif
+  return value;
+}
+#endif
+
 // What the slice keeps of the entry of the lane's group INDEX: zeros if that is not in the block's range. `base` is the
 // range's first entry in bytes.
 template <int INDEX>
@@ -100,9 +137,13 @@ __device__ __forceinline__ void look_up(const u8* table, const u32 (&codes)[kWor
   } else {
     code = codes[INDEX / 2] >> INDEX % 2 * 16 & ((1u << NBITS) - 1);
   }
-  const u32 offset = code * WIDTH - base;
-  const bool mine = ENTRY_PARTS == 1 || offset < kEntries * WIDTH;
-#if WIDTH == 8
+  const u32 offset = code * kEntryBytes - base;
+  const bool mine = ENTRY_PARTS == 1 || offset < kEntries * kEntryBytes;
+#if INT8
+  u32 pair = 0;
+  if (mine) pair = *reinterpret_cast<const u16*>(table + offset);
+  words[0] = widen(pair);
+#elif WIDTH == 8
   uint2 v = make_uint2(0, 0);
   if (mine) v = *reinterpret_cast<const uint2*>(table + offset);
   words[0] = v.x, words[1] = v.y;
@@ -155,6 +196,11 @@ __device__ __forceinline__ void store_sums(const SlicedParams& p, float* sums, i
   const int thread = opaque_thread();
   const Place at = place(thread);
   const long long all_rows = static_cast<long long>(gridDim.z) * p.rows;
+#if INT8
+  const float scale = p.scales[blockIdx.z * kDimParts + blockIdx.x % kDimParts];
+#else
+  constexpr float scale = 1.0f;
+#endif
   float* out = p.partial + static_cast<long long>(blockIdx.x) * p.tokens * all_rows + static_cast<long long>(blockIdx.z) * p.rows;
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r) {
@@ -167,7 +213,7 @@ __device__ __forceinline__ void store_sums(const SlicedParams& p, float* sums, i
       if constexpr (kKWarps > 1) {
         sums[(at.k_warp * p.tokens + token) * pitch + in_span] = sum;
       } else if (first + in_span < end) {
-        out[token * all_rows + first + in_span] = sum;
+        out[token * all_rows + first + in_span] = sum * scale;
       }
     };
     if constexpr (FEW_TOKENS) {
@@ -186,7 +232,7 @@ __device__ __forceinline__ void store_sums(const SlicedParams& p, float* sums, i
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < kKWarps; ++k) sum += sums[(k * p.tokens + token) * pitch + in_span];
-        if (first + in_span < end) out[token * all_rows + first + in_span] = sum;
+        if (first + in_span < end) out[token * all_rows + first + in_span] = sum * scale;
       }
       __syncwarp();  // whole warps at the next barrier
     }
@@ -202,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const 
   float* sums = reinterpret_cast<float*>(shared + kTableBytes + kKWarps * p.slots * slot_bytes);
   const int group_thread = at.row_warp * 32 + at.lane;
   const int dim_part = blockIdx.x % kDimParts, entry_part = blockIdx.x / kDimParts;
-  const u32 base = entry_part * kEntries * WIDTH;
+  const u32 base = entry_part * kEntries * kEntryBytes;
 
   const int by = blockIdx.y;
   const int first_tile = by * p.tiles_each + min(by, p.tiles_over);
@@ -242,12 +288,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sliced_codebook(const 
     for (int i = group_thread * 16; i < slot_bytes; i += ROW_WARPS * 32 * 16) copy_async_16(to + i, from + i, true);
   };
   if (blocks > 0 && first_tile < last_tile) fetch(first_tile, at.k_warp);
-  const int entries = min(kEntries, (1 << NBITS) - entry_part * kEntries);
-  const u8* book = p.book + ((static_cast<long long>(blockIdx.z) << NBITS) + entry_part * kEntries) * GROUP * 2 + dim_part * WIDTH;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
-    copy_entry(shared_address(table) + i * WIDTH, book + static_cast<long long>(i) * GROUP * 2);
-  }
+  copy_table(p, shared_address(table), dim_part, entry_part * kEntries, threadIdx.x);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");                // until slice_x is done
   asm volatile("griddepcontrol.launch_dependents;");  // finish_linear may come and wait

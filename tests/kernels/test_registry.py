@@ -120,6 +120,67 @@ def test_the_environment_forces_too(monkeypatch: pytest.MonkeyPatch) -> None:
         _ran()
 
 
+@pytest.fixture
+def lossy(table: tuple[Kernel, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same registry with a kernel in front that an option allows."""
+    kernel = replace(_stub("lossy", None), option="rounding")
+    monkeypatch.setattr(registry, "KERNELS", (kernel, *table))
+    monkeypatch.setattr(registry, "OPTIONS", {"rounding": "rounds", "other": "does something else"})
+    monkeypatch.delenv(registry.ALLOW_VARIABLE, raising=False)
+    registry.refresh()
+
+
+@pytest.mark.usefixtures("lossy")
+def test_an_option_is_allowed_in_its_block_only() -> None:
+    assert _ran() == [("linear", "good")]
+    assert {kernel.name: reason for kernel, reason in registry.explain(PROBLEM)}["lossy"] == (
+        "rounds: set AQLM_TENSOR_ALLOW=rounding to allow it"
+    )
+    with registry.allow("rounding"):
+        assert _ran() == [("linear", "lossy")]
+        assert registry.explain(PROBLEM)[0][1] is None
+        with registry.allow("other"):
+            assert _ran() == [("linear", "good")]
+        with registry.force_kernel("torch"):
+            assert _ran() == [("linear", "torch")]
+        seen: list[list[tuple[str, str]]] = []
+        thread = threading.Thread(target=lambda: seen.append(_ran()))
+        thread.start()
+        thread.join()
+        assert seen == [[("linear", "good")]]
+    assert _ran() == [("linear", "good")]
+    with registry.force_kernel("lossy"):
+        assert _ran() == [("linear", "lossy")], "who names a kernel allows it"
+
+
+@pytest.mark.usefixtures("lossy")
+def test_the_environment_allows_options_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, "other, rounding")
+    registry.refresh()
+    assert _ran() == [("linear", "lossy")]
+    with registry.allow():
+        assert _ran() == [("linear", "good")], "the narrower wish wins"
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, "roundin")
+    registry.refresh()
+    with pytest.raises(ValueError, match="no option is named 'roundin': choose of rounding, other"):
+        _ran()
+    with pytest.raises(ValueError, match="no option is named 'faster'"), registry.allow("faster"):
+        pass
+
+
+@pytest.mark.usefixtures("lossy")
+def test_an_allowed_option_goes_before_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.crossovers, "fastest", lambda *_: ("good", "here"))
+    registry.refresh()
+    assert _ran() == [("linear", "good")]
+    with registry.allow("rounding"):
+        assert _ran() == [("linear", "lossy")]
+
+
+def test_every_option_belongs_to_a_kernel() -> None:
+    assert {kernel.option for kernel in registry.KERNELS if kernel.option} == registry.OPTIONS.keys()
+
+
 def test_unknown_names_list_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
     known = ", ".join(kernel.name for kernel in registry.KERNELS)
     with (

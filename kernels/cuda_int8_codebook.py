@@ -1,0 +1,54 @@
+"""1 to 64 tokens on NVIDIA GPUs for one codebook of up to 65536 entries in 8-bit integers: fast, less accurate.
+
+The product of `aqlm_tensor.kernels.cuda_sliced_codebook` with the copy of the codebook that
+`aqlm_tensor.kernels.int8_codebooks` makes at the first use: half as many bytes of codes are read and no lookup is in
+vain. With the copied entries the product is as exact as any other kernel's; what they miss of the stored ones is said
+there. Since it changes results, this kernel runs only where the option `int8_codebooks` is allowed, or forced by name.
+"""
+
+import torch
+from torch import Tensor
+
+from aqlm_tensor.kernels import cuda_runtime, cuda_sliced_codebook, int8_codebooks
+from aqlm_tensor.kernels.registry import Problem
+
+__all__ = ["invalidate", "linear", "supports"]
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this kernel cannot run a problem, or None if it can."""
+    return cuda_sliced_codebook.supports(problem)
+
+
+def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.t() + bias`` for the weight W that the codes stand for with rounded codebooks.
+
+    Args:
+        x: [tokens, in_features], 1 to 64 tokens, float16 or bfloat16.
+        codes: [out_features, in_features / G, 1] int16.
+        codebooks: [1, 2^N, 1, G], or [P, 1, 2^N, 1, G] for P equal row partitions; G 8 or 16; dtype of x.
+        scales: [out_features, 1, 1, 1], dtype of x.
+        bias: [out_features] or None.
+
+    Returns:
+        [tokens, out_features], dtype of x.
+
+    Raises:
+        ValueError: if an entry of the codebooks is NaN or infinite.
+        RuntimeError: while a CUDA graph is captured, if the codebooks were not rounded before.
+    """
+    out = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
+    if not out.numel() or not codes.numel():
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    shape = cuda_sliced_codebook.shape_of(x, codes, codebooks)
+    with cuda_runtime.on_device(x.device):
+        rounded = int8_codebooks.quantized(codebooks)
+        plan = cuda_sliced_codebook.choose_plan(shape, *cuda_runtime.device_limits(x.device.index), int8=True)
+        operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
+        cuda_sliced_codebook.run_plan(shape, plan, out, *operands, rounded)
+    return out
+
+
+def invalidate(codebooks: Tensor) -> None:
+    """Round these codebooks anew when they are used next."""
+    int8_codebooks.invalidate(codebooks)
