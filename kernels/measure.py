@@ -72,9 +72,10 @@ def measure(
 def _able(
     scheme: AQLMScheme, shape: tuple[int, int], rows: int, dtype: torch.dtype, device: torch.device
 ) -> list[registry.Kernel]:
-    """The kernels that can run a product, but for the slow fallback."""
+    """The kernels that can run a product, but for the slow fallback and those that an option must allow."""
     problem = registry.Problem("linear", scheme, rows, shape[1], shape[0], 1, dtype, device)
-    return [kernel for kernel in registry.KERNELS if kernel.fast and not kernel.option and kernel.why_not(problem) is None]
+    usual = (kernel for kernel in registry.KERNELS if kernel.fast and not kernel.option)
+    return [kernel for kernel in usual if kernel.why_not(problem) is None]
 
 
 def _crossovers(
