@@ -13,7 +13,7 @@ from aqlm_tensor.kernels import cuda_int8_codebook, cuda_runtime, int8_codebooks
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_kernel, assert_same_bits
 from tests.kernels.gpu_layers import ERRORS, Layer, product, random_layer, relative_error
-from tests.strategies import VALUES, Case, Operands, build, cases
+from tests.strategies import VALUES, Case, Operands, Values, build, cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ NAME, OPTION = "cuda_int8_codebook", "int8_codebooks"
 SCHEMES = st.sampled_from(("1x16g8", "1x16g16", "1x12g8", "1x9g16")).map(AQLMScheme.parse)
 HALF = st.sampled_from((torch.float16, torch.bfloat16))
 ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 63, 64))
-FINITE = st.sampled_from([values for values in VALUES if values != "bad_entry"])
+FINITE: st.SearchStrategy[Values] = st.sampled_from([values for values in VALUES if values != "bad_entry"])
 
 
 def _on_grid(operands: Operands) -> Operands:
