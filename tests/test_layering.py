@@ -40,7 +40,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.calibration",
         "aqlm_tensor.pv",
     ),
-    ("aqlm_tensor.pv.adam", "aqlm_tensor.pv.config", "aqlm_tensor.pv.graph", "aqlm_tensor.pv.report"),
+    (
+        "aqlm_tensor.pv.adam",
+        "aqlm_tensor.pv.config",
+        "aqlm_tensor.pv.graph",
+        "aqlm_tensor.pv.report",
+        "aqlm_tensor.pv.rows",
+    ),
     ("aqlm_tensor.pv.codes", "aqlm_tensor.pv.layers", "aqlm_tensor.pv.loss"),
     (
         "aqlm_tensor.calibration.activations",
@@ -50,7 +56,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.calibration.report",
         "aqlm_tensor.calibration.work_folder",
     ),
-    ("aqlm_tensor.pv.checks", "aqlm_tensor.pv.state", "aqlm_tensor.pv.tuning"),
+    ("aqlm_tensor.pv.state", "aqlm_tensor.pv.trained"),
+    ("aqlm_tensor.pv.sharded",),
+    ("aqlm_tensor.pv.checks", "aqlm_tensor.pv.passes", "aqlm_tensor.pv.tuning"),
     ("aqlm_tensor.calibration.block_run",),
     (
         "aqlm_tensor.calibration.calibrate",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(plain, default=str))
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> str:
+def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A hash of shapes, dtypes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:

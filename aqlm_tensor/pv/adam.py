@@ -20,19 +20,19 @@ class RelativeAdam:
     """Adam whose steps are relative to the size that each parameter has at the beginning.
 
     Args:
-        parameters: to train; one that is all zero takes absolute steps.
+        parameters: to train, float32.
+        sizes: of each, what its steps are relative to.
 
     Attributes:
         first: running means of the gradients, in the order of the parameters.
         second: running means of their squares.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], sizes: Sequence[float]) -> None:
         self.parameters = list(parameters)
         self.first = [torch.zeros_like(parameter) for parameter in parameters]
         self.second = [torch.zeros_like(parameter) for parameter in parameters]
-        sizes = [float(parameter.detach().square().mean().sqrt()) for parameter in parameters]
-        self.sizes = [size or 1.0 for size in sizes]
+        self.sizes = list(sizes)
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:

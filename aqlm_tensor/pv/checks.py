@@ -8,6 +8,7 @@ from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.pv.config import PVConfig
 from aqlm_tensor.pv.layers import check_layers
 from aqlm_tensor.pv.loss import Teacher, check_teacher
+from aqlm_tensor.pv.sharded import check_sharding, reshard
 from aqlm_tensor.ranks import Ranks
 
 __all__ = ["check_arguments"]
@@ -31,7 +32,9 @@ def check_arguments(
         if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point() or batch.shape[1] < 2:
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ValueError(f"batch {number} must be token ids [B, seqlen] with seqlen at least 2, got {found}")
+    reshard(model)
     check_layers(model)
+    check_sharding(model, config, ranks)
     check_teacher(teacher, model, batches)
     if config.gradient_checkpointing:
         find_blocks(model)  # raises if there are none

@@ -15,7 +15,7 @@ had no part in it is undone and tried again with more.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from aqlm_tensor.codes import codes_to_indices, indices_to_codes
 from aqlm_tensor.kernels import ops
 from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.pv.config import PVConfig
+from aqlm_tensor.pv.rows import Rows
 from aqlm_tensor.quantizer.hessian import descent_coupling
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
@@ -42,11 +43,15 @@ _BEAM = 8  # entries kept of the first of two codebooks, where codebooks are too
 
 @dataclass(frozen=True)
 class Parts:
-    """A quantized weight: codes [O/H, I/G, K], codebooks [K, 2^N, H, G] or [P, K, ...], scales [O/H, 1, 1, 1]."""
+    """A quantized weight: codes [O/H, I/G, K], codebooks [K, 2^N, H, G] or [P, K, ...], scales [O/H, 1, 1, 1].
+
+    If it is sharded, codes and scales are those of `rows`.
+    """
 
     codes: Tensor
     codebooks: Tensor
     scales: Tensor
+    rows: Rows = field(default_factory=Rows)
 
 
 class LossModel:
@@ -84,10 +89,10 @@ class LossModel:
             ranks.add_up_together(tensors)
         self._curvature_passes = int(count)
 
-    def factors(self, out_group: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    def factors(self, out_group: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean gradient [O, I], metric [I, I] of mean diagonal about 1, and the power of each row group in its units.
 
-        None if nothing was seen, or nothing that matters.
+        Gradient and power are those of some rows. None if nothing was seen, or nothing that matters.
         """
         if not self._curvature_passes:
             return None
@@ -97,7 +102,8 @@ class LossModel:
             return None
         metric = self._inputs / size
         metric.diagonal().add_(_RIDGE)
-        return self._gradient / self._passes, metric, power.clamp_min(_LEAST_POWER * power.mean())
+        power = power.clamp_min(_LEAST_POWER * power.mean())[rows.of(len(power))]
+        return self._gradient[rows.of(len(self._gradient))] / self._passes, metric, power
 
 
 class _Choice:
@@ -112,36 +118,39 @@ class _Choice:
         self.gradient = gradient.view(len(self.power), height, -1)
         self.newton = newton.reshape(self.gradient.shape) / self.power[:, None, None]
         self.dense = ops.dequantize(parts.codes, parts.codebooks, parts.scales).view(self.gradient.shape)
+        self.farthest = config.trust_ratio**2 * parts.rows.whole(self.dense.square().flatten(1).sum(1)).sum()
         self.coupling = descent_coupling(self.metric, group)
         self.stored = parts.codes.clone()
         self.old = codes_to_indices(parts.codes, self.nbits)
 
     def propose(self, damping: float) -> None:
-        """Find new codes, how many groups change in each row, and what each row gains; 0 where it must not change.
+        """Find new codes, and for each row of all ranks how many groups change and what is gained.
 
-        `bounded` tells whether the trust ratio kept a row from a gain.
+        No gain means that it must not change. `bounded` tells whether the trust ratio kept a row from a gain.
         """
         scales = self.parts.scales.view(-1, 1, 1)
         target = (self.dense - self.newton / damping) / torch.where(scales != 0, scales, torch.ones_like(scales))
         self.new, change = _swept(target, self.old, self.parts.codebooks, self.coupling)
         change *= scales
-        self.groups = (self.new != self.old).any(-1).sum(1)
         gain = -(self.gradient * change).flatten(1).sum(1)
         gain -= 0.5 * damping * self.power * ((change @ self.metric) * change).flatten(1).sum(1)
+        whole = self.parts.rows.whole
+        self.groups, gain = whole((self.new != self.old).any(-1).sum(1)), whole(gain)
         order = gain.argsort(descending=True, stable=True)
-        sizes = change.flatten(1).square().sum(1)[order].cumsum(0)
+        sizes = whole(change.flatten(1).square().sum(1))[order].cumsum(0)
         gain[self.groups == 0] = 0
-        too_far = order[sizes > self.config.trust_ratio**2 * self.dense.square().sum()]
+        too_far = order[sizes > self.farthest]
         self.bounded = bool((gain[too_far] > 0).any())
         gain[too_far] = 0
         self.gain = gain
 
     def make(self, least: float) -> int:
         """Give rows that gain more than so much their new codes, the others their old ones; groups that change."""
-        rows = self.gain > least
+        chosen = self.gain > least
+        own = chosen[self.parts.rows.of(len(chosen))]
         self.parts.codes.copy_(self.stored)
-        self.parts.codes[rows] = indices_to_codes(self.new[rows], self.nbits)
-        return int(self.groups[rows].sum())
+        self.parts.codes[own] = indices_to_codes(self.new[own], self.nbits)
+        return int(self.groups[chosen].sum())
 
 
 def _swept(target: Tensor, old: Tensor, codebooks: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
@@ -181,11 +190,11 @@ def choose_codes(
         How many groups have other codes than before, and the damping for the next time.
     """
     with one_thread_per_operation():
-        known = [(parts, model.factors(parts.codebooks.shape[-2])) for parts, model in weights]
+        known = [(parts, model.factors(parts.codebooks.shape[-2], parts.rows)) for parts, model in weights]
         choices = [_Choice(parts, factors, config) for parts, factors in known if factors is not None]
     if not choices:
         return 0, damping
-    most = config.code_fraction * sum(choice.old[..., 0].numel() for choice in choices)
+    most = config.code_fraction * sum(choice.old[..., 0].numel() * choice.parts.rows.count for choice in choices)
     before = loss()
     for attempt in range(_TRIES):
         with one_thread_per_operation():

@@ -34,10 +34,11 @@ class PVConfig:
         patience: stop after so many rounds in a row without a better validation loss.
         precision: what products are computed in. "auto" is bfloat16 on GPUs that have it, float32 elsewhere; trained
             parameters and sums are float32 always.
-        gradient_checkpointing: compute the inside of each block again in the backward pass rather than keep it.
+        gradient_checkpointing: compute the inside of each block again in the backward pass rather than keep it;
+            sharded models need it.
         gradient_memory: bytes that gradients of dense weights and X^T X of their inputs may take, 4 for each entry (and
             about five times as much while codes are chosen); each round then chooses codes for as many layers as fit,
-            in turn. None chooses for all in each round.
+            in turn. None chooses for all in each round, which sharded models cannot.
         cuda_graph: replay passes as a CUDA graph where model and teacher are on one NVIDIA GPU, no operation waits for
             it and one process tunes; several times as fast for small models.
         save_every: rounds between two savings of the state to the work folder.

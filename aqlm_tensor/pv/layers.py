@@ -7,23 +7,26 @@ it, in float32 sums, those of codebooks and scales. No dense copy of a weight ou
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from aqlm_tensor.codes import codes_to_indices
 from aqlm_tensor.fusion import FusedLinear
 from aqlm_tensor.kernels import ops
 from aqlm_tensor.kernels.reference import partitioned
 from aqlm_tensor.pv.codes import LossModel, Parts
+from aqlm_tensor.pv.rows import Rows
 from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.sums import CodeSums, code_sums
 from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.training import trainable_in_float32
 
-__all__ = ["TunedWeight", "check_layers", "in_turns", "tuned_weights"]
+__all__ = ["TunedWeight", "check_layers", "in_turns", "local_aqlm", "multiplying", "tuned_weights"]
 
 
 class _Product(torch.autograd.Function):
@@ -35,7 +38,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codebooks: Tensor, scales: Tensor, weight: "TunedWeight") -> Tensor:
-        dense = ops.dequantize(weight.codes, codebooks, scales).to(x.dtype)
+        dense = ops.dequantize(weight.all_codes, codebooks, scales).to(x.dtype)
         ctx.save_for_backward(x, dense, scales)
         ctx.weight = weight
         return x @ dense.T
@@ -65,11 +68,13 @@ class TunedWeight:
 
     Attributes:
         fqn: name of the first layer that has it.
-        codes: stored codes [O/H, I/G, K]; replaced in place.
+        codes: stored codes [O/H, I/G, K], of this rank's rows; replaced in place.
         codebooks: float32 parameter [K, 2^N, H, G] or [P, K, 2^N, H, G].
         scales: float32 parameter [O/H, 1, 1, 1].
         keep_order: keep the places of each code in memory, 8 bytes for each code, rather than sort in every pass.
         model: of the loss, learns from every pass if the weight's codes are chosen next.
+        sharded_in: a layer that has the weight, if FSDP2 has sharded it; the layer has all codes during a pass.
+        rows: that this rank has.
     """
 
     fqn: str
@@ -78,17 +83,28 @@ class TunedWeight:
     scales: nn.Parameter
     keep_order: bool = True
     model: LossModel | None = None
+    sharded_in: nn.Linear | None = None
+    rows: Rows = field(default_factory=Rows)
     _order: tuple[int, CodeSums] | None = None
+
+    @property
+    def all_codes(self) -> Tensor:
+        """Those of all rows; of a sharded weight only during a pass."""
+        if self.sharded_in is None:
+            return self.codes
+        gathered: Any = self.sharded_in.weight
+        return gathered.codes
 
     @property
     def groups(self) -> int:
         """Groups of weights, each with K codes."""
-        return self.codes[..., 0].numel()
+        return self.codes[..., 0].numel() * self.rows.count
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of the dense weight."""
-        return ops.weight_shape(self.codes, self.codebooks)
+        rows, inputs = ops.weight_shape(self.codes, self.codebooks)
+        return rows * self.rows.count, inputs
 
     def watch(self) -> None:
         """From now on learn from every pass."""
@@ -98,7 +114,8 @@ class TunedWeight:
         """What `choose_codes` takes; nothing is learned any more."""
         assert self.model is not None
         model, self.model = self.model, None
-        return Parts(self.codes, self.codebooks.detach(), self.scales.detach()), model
+        scales = self.scales.detach()[self.rows.of(len(self.scales))]
+        return Parts(self.codes, self.codebooks.detach(), scales, self.rows), model
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] times the transposed weight plus bias, in autocast's dtype if it is on."""
@@ -119,12 +136,13 @@ class TunedWeight:
         return _by_partition(sums, len(partitioned(self.codebooks))).view_as(self.codebooks)
 
     def _by_code(self) -> CodeSums:
-        version = self.codes._version  # changes with every change in place
+        codes = self.all_codes
+        version = codes._version  # changes with every change in place
         if self._order is not None and self._order[0] == version:
             return self._order[1]
         partitions, _, size = partitioned(self.codebooks).shape[:3]
-        indices = codes_to_indices(self.codes, (size - 1).bit_length()).view(partitions, -1, *self.codes.shape[1:])
-        indices += size * torch.arange(partitions, device=self.codes.device).view(-1, 1, 1, 1)
+        indices = codes_to_indices(codes, (size - 1).bit_length()).view(partitions, -1, *codes.shape[1:])
+        indices += size * torch.arange(partitions, device=codes.device).view(-1, 1, 1, 1)
         sums = code_sums(indices.flatten(0, 1), partitions * size)
         if self.keep_order:
             self._order = version, sums
@@ -140,19 +158,14 @@ def check_layers(model: nn.Module) -> None:
     found = False
     for fqn, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if type(parameter).__name__ == "DTensor":
-                raise ValueError(
-                    f"{fqn}.{name} is distributed (FSDP2 or tensor parallel): tune_pv works on whole weights; tune "
-                    "before sharding"
-                )
             if parameter.is_meta:
                 raise ValueError(f"{fqn}.{name} is on the meta device (offloaded?): load the model before tuning it")
-            if not isinstance(parameter, AQLMTensor):
+            if local_aqlm(parameter) is None:
                 continue
             found = True
             if isinstance(module, FusedLinear):
                 raise ValueError(f"{fqn} runs together with other layers (fuse_): call unfuse_(model) before tuning it")
-            if type(module) is not nn.Linear or parameter.dim() != 2:
+            if not _is_linear(module) or parameter.dim() != 2:
                 raise ValueError(
                     f"{fqn}.{name} is an AQLM weight in a {type(module).__name__}: only nn.Linear can be tuned"
                 )
@@ -163,6 +176,18 @@ def check_layers(model: nn.Module) -> None:
                 )
     if not found:
         raise ValueError("the model has no AQLM layer to tune: calibrate, quantize_ or load it first")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is an nn.Linear, or was one before fully_shard."""
+    before = 2 if isinstance(module, FSDPModule) else 0
+    return type(module).__mro__[before] is nn.Linear
+
+
+def local_aqlm(parameter: Any) -> AQLMTensor | None:
+    """The AQLM weight that a parameter is, or this rank's shard of it; None for a dense one."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local if isinstance(local, AQLMTensor) else None
 
 
 @contextlib.contextmanager
@@ -176,24 +201,30 @@ def tuned_weights(
     """
     with trainable_in_float32(model) as dtypes:
         weights: dict[int, TunedWeight] = {}
-        layers: list[tuple[nn.Module, Any]] = []
-        try:
-            for fqn, layer in model.named_modules():
-                codebooks = layer._parameters.get("codebooks")
-                if not isinstance(layer, nn.Linear) or codebooks is None:
-                    continue
-                tuned = TunedWeight(
-                    fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"), keep_order
-                )
-                tuned = weights.setdefault(id(codebooks), tuned)
-                layers.append((layer, vars(layer).get("forward")))
-                layer.forward = functools.partial(_forward, layer, tuned)
+        layers: list[tuple[nn.Linear, TunedWeight]] = []
+        for fqn, layer in model.named_modules():
+            codebooks = layer._parameters.get("codebooks")
+            if not isinstance(layer, nn.Linear) or codebooks is None:
+                continue
+            tuned = TunedWeight(fqn, layer.get_buffer("codes"), codebooks, layer.get_parameter("scales"), keep_order)
+            layers.append((layer, weights.setdefault(id(codebooks), tuned)))
+        with multiplying(layers):
             yield list(weights.values()), dtypes
-        finally:
-            for layer, own in layers:
-                del layer.forward
-                if own is not None:
-                    layer.forward = own
+
+
+@contextlib.contextmanager
+def multiplying(layers: Sequence[tuple[nn.Linear, TunedWeight]]) -> Iterator[None]:
+    """Inside the block of code, each layer multiplies with a weight that can be tuned."""
+    before = [(layer, vars(layer).get("forward")) for layer, _ in layers]
+    try:
+        for layer, weight in layers:
+            layer.forward = functools.partial(_forward, layer, weight)
+        yield
+    finally:
+        for layer, own in before:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def _forward(layer: nn.Linear, weight: TunedWeight, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name

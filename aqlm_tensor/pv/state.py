@@ -6,21 +6,38 @@ tuning.safetensors    trained parameters, Adam's moments, codes, the best of bot
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from aqlm_tensor.checkpoint_io import flush
+from aqlm_tensor.pv.rows import Rows
+from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["TuningFolder", "model_tensors"]
+__all__ = ["Saved", "TuningFolder", "model_tensors"]
 
 _FILE = "tuning.safetensors"
+
+
+class Saved(NamedTuple):
+    """A tensor that is saved and loaded.
+
+    Attributes:
+        tensor: this rank's rows of it.
+        rows: which these are.
+        length: rows of all ranks.
+    """
+
+    tensor: Tensor
+    rows: Rows
+    length: int
 
 
 class TuningFolder:
@@ -62,27 +79,38 @@ class TuningFolder:
         with safe_open(self._file, framework="pt") as opened:
             return json.loads(opened.metadata()["state"])
 
-    def save(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        """Replace the state by this one; a kill leaves either."""
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    def save(self, tensors: Mapping[str, Saved], progress: dict[str, Any], ranks: Ranks) -> None:
+        """Replace the state by this one; a kill leaves either. All ranks have to call this, and the first one writes.
+
+        Of sharded tensors one at a time is gathered; the first rank has all of them in CPU memory.
+        """
+        whole: dict[str, Tensor] = {}
+        for name, (tensor, rows, length) in tensors.items():
+            found = rows.whole(tensor.detach(), length)
+            if ranks.rank == 0:
+                whole[name] = found.cpu().contiguous().clone()
+        if ranks.rank > 0:
+            return
         state = json.dumps({"identity": self._identity, "progress": progress})
-        save_file(own, self._partial, metadata={"state": state})
+        save_file(whole, self._partial, metadata={"state": state})
         flush(self._partial)
         os.replace(self._partial, self._file)
         flush(self._file.parent)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    def load(self, tensors: Mapping[str, Saved]) -> dict[str, Any] | None:
         """Copy the saved state into tensors of the same names; how far it was. None if nothing was saved yet."""
         if not self._file.is_file():
             return None
         with safe_open(self._file, framework="pt") as opened:
-            for name, tensor in tensors.items():
-                tensor.copy_(opened.get_tensor(name))
+            for name, (tensor, rows, length) in tensors.items():
+                part = rows.of(length)
+                tensor.copy_(opened.get_slice(name)[part.start : part.stop])
         return self._metadata()["progress"]
 
 
 def model_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer of a model, AQLM weights as their three tensors."""
+    """Every parameter and buffer of a model, AQLM weights as their three tensors; sharded ones whole, one at a time."""
     for tensor in (*model.parameters(), *model.buffers()):
-        yield from tensor.parts() if isinstance(tensor, AQLMTensor) else (tensor,)
+        whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield from whole.parts() if isinstance(whole, AQLMTensor) else (whole,)

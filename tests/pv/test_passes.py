@@ -15,7 +15,8 @@ from aqlm_tensor.pv.codes import CURVATURE_PASSES, LossModel
 from aqlm_tensor.pv.graph import GraphedPasses, as_if_captured, gpu_of
 from aqlm_tensor.pv.layers import tuned_weights
 from aqlm_tensor.pv.loss import call_model, token_loss
-from tests.pv.test_tuning import QUICK, Decoder, divergence, prepared
+from aqlm_tensor.pv.rows import Rows
+from tests.pv.models import QUICK, Decoder, divergence, prepared
 from tests.test_fusion import llama
 
 gpu = pytest.mark.gpu
@@ -49,11 +50,11 @@ def test_gradients_of_a_product(scheme: str, partitions: int, keep_order: bool) 
 
 def test_what_is_learned_from_passes() -> None:
     model = LossModel(6, 8, torch.device("cpu"))
-    assert model.factors(1) is None
+    assert model.factors(1, Rows()) is None
     passes = [(torch.randn(10, 8), torch.randn(6, 8), torch.randn(10, 6)) for _ in range(CURVATURE_PASSES + 3)]
     for one in passes:
         model.learn(*one)
-    factors = model.factors(1)
+    factors = model.factors(1, Rows())
     assert factors is not None
     torch.testing.assert_close(factors[0], torch.stack([gradient for _, gradient, _ in passes]).mean(0))
     seen = passes[:CURVATURE_PASSES]

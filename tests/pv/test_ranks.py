@@ -15,7 +15,7 @@ from aqlm_tensor.pv.report import PVRound
 from tests import ranks
 from tests.calibration.test_calibrate import assert_same, state
 from tests.calibration.test_ranks import counted, everyone
-from tests.pv.test_tuning import QUICK, codes, prepared
+from tests.pv.models import QUICK, codes, prepared
 
 PAIRS = replace(QUICK, batches_per_step=2, epochs=6)
 

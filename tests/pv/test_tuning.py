@@ -1,76 +1,18 @@
-"""tune_pv: the loss falls, codes change, nothing ends worse, a run that was killed goes on to the same bits."""
+"""tune_pv: the loss falls, codes change, nothing ends worse, and what options do."""
 
 import copy
-import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aqlm_tensor import AQLMTensor, PVConfig, fuse_, quantize_, tune_pv
-from aqlm_tensor.blocks import in_blocks
+from aqlm_tensor import AQLMTensor, PVConfig, quantize_, tune_pv
 from aqlm_tensor.linear import set_quantized
-from aqlm_tensor.pv.loss import TopLogits, call_model, teacher_logits, token_loss
-from aqlm_tensor.pv.report import PVReport, PVRound
-from tests.calibration.test_calibrate import assert_same, state
+from aqlm_tensor.pv.report import PVRound
+from tests.calibration.test_calibrate import assert_same
 from tests.models import TiedLM, config
-
-QUICK = PVConfig(epochs=3, lr=1e-2, steps_per_round=6, validation=0.25)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(32)
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-class Decoder(nn.Module):
-    """A language model whose logits depend on its blocks strongly enough to see what quantizing does."""
-
-    def __init__(self, blocks: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(40, 32)
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
-        self.head = nn.Linear(32, 40, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def batches(count: int = 12) -> list[Tensor]:
-    return [torch.randint(40, (4, 16)) for _ in range(count)]
-
-
-def prepared(scheme: str = "2x3g8") -> tuple[Decoder, Decoder, list[Tensor]]:
-    """(quantized, dense, batches)."""
-    dense = Decoder().eval()
-    model = copy.deepcopy(dense)
-    quantize_(model, config(scheme), in_blocks(model))
-    return model, dense, batches()
-
-
-def divergence(model: nn.Module, dense: nn.Module, data: list[Tensor]) -> float:
-    """Of the model's distributions from the dense one's, in float64, without any code of the library."""
-    with torch.no_grad():
-        pairs = [(dense(batch).double().log_softmax(-1), model(batch).double().log_softmax(-1)) for batch in data]
-    return float(torch.cat([(p.exp() * (p - q)).sum(-1).flatten() for p, q in pairs]).mean())
-
-
-def codes(model: nn.Module) -> list[Tensor]:
-    return [p.codes.clone() for p in model.parameters() if isinstance(p, AQLMTensor)]
+from tests.pv.models import QUICK, batches, codes, divergence, prepared
 
 
 def test_the_loss_falls_codes_change_and_the_report_tells_the_truth() -> None:
@@ -157,55 +99,6 @@ def test_autocast_tunes_too() -> None:
     assert divergence(model, dense, data[-3:]) < 0.8 * before
 
 
-def test_without_a_teacher_the_text_is_learned() -> None:
-    model, _, _ = prepared()
-    data = [torch.arange(offset, offset + 64).view(4, 16) % 40 for offset in range(12)]
-
-    def likelihood() -> float:
-        with torch.no_grad():
-            losses = [
-                nn.functional.cross_entropy(model(b)[:, :-1].flatten(0, 1).double(), b[:, 1:].flatten())
-                for b in data[-3:]
-            ]
-        return float(torch.stack(losses).mean())
-
-    before = likelihood()
-    report = tune_pv(model, None, data, config=QUICK)
-    assert report.loss_before == pytest.approx(before, rel=1e-4)
-    assert report.loss_after == pytest.approx(likelihood(), rel=1e-4)
-    assert report.loss_after < 0.8 * before
-
-
-def test_logits_kept_from_the_teacher_are_as_good_as_the_teacher() -> None:
-    models = [prepared() for _ in range(1)] * 3
-    model, dense, data = models[0]
-    others = [copy.deepcopy(model) for _ in range(2)]
-    tune_pv(model, dense, data, config=QUICK)
-    tune_pv(others[0], teacher_logits(dense, data), data, config=QUICK)
-    assert_same(model, others[0])
-    before = divergence(others[1], dense, data[-3:])
-    tune_pv(others[1], teacher_logits(dense, data, top_k=8), data, config=QUICK)
-    assert divergence(others[1], dense, data[-3:]) < 0.8 * before
-
-
-def test_losses_agree_with_float64() -> None:
-    logits, teacher = torch.randn(2, 700, 50), torch.randn(2, 700, 50)
-    batch = torch.randint(50, (2, 700))
-    p, q = teacher.double().log_softmax(-1), logits.double().log_softmax(-1)
-    exact = float((p.exp() * (p - q)).sum(-1).mean())
-    assert float(token_loss(logits, batch, teacher)) == pytest.approx(exact, rel=1e-6)
-    top = p.topk(50)
-    assert float(token_loss(logits, batch, TopLogits(top.values, top.indices))) == pytest.approx(exact, rel=1e-5)
-    few, own = p.topk(5), q.gather(-1, p.topk(5).indices)
-    rest, own_rest = 1 - few.values.exp().sum(-1), 1 - own.exp().sum(-1)
-    coarse = (few.values.exp() * (few.values - own)).sum(-1) + rest * (rest / own_rest).log()
-    assert float(token_loss(logits, batch, TopLogits(few.values, few.indices))) == pytest.approx(
-        float(coarse.mean()), rel=1e-5
-    )
-    text = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch[:, 1:].flatten())
-    assert float(token_loss(logits, batch, None)) == pytest.approx(float(text), rel=1e-6)
-
-
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"batches_per_step": 1}])
 def test_recomputing_activations_leaves_the_first_steps_alone(changes: dict[str, Any]) -> None:
     model, dense, data = prepared()
@@ -286,148 +179,3 @@ def test_dense_parameters_on_request(settings: PVConfig, moved: set[str]) -> Non
     assert moved <= changed
     assert bool(changed) == bool(moved)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-class Killed(BaseException):
-    """What a test raises in place of a kill."""
-
-
-def killed_after(rounds: int, model: nn.Module, dense: nn.Module, data: list[Tensor], folder: Path) -> PVReport | None:
-    """Tune but stop after so many more rounds; the report if that was enough."""
-    left = rounds
-
-    def stop(_: PVRound) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed
-
-    try:
-        return tune_pv(model, dense, data, config=QUICK, work_dir=folder, resume=True, on_round=stop)
-    except Killed:
-        return None
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    untuned, dense, data = prepared()
-    whole = copy.deepcopy(untuned)
-    expected = tune_pv(whole, dense, data, config=QUICK)
-    generator = random.Random(0)
-    for attempt in range(4):
-        report, model = None, untuned
-        while report is None:
-            model = copy.deepcopy(untuned)
-            report = killed_after(generator.choice([1, 2, 3]), model, dense, data, tmp_path / str(attempt))
-            assert divergence(model, dense, data[-3:]) <= expected.loss_before * (1 + 1e-6), "the best so far"
-        assert_same(whole, model)
-        assert report.changed == expected.changed
-        assert [r.validation for r in report.rounds] == [r.validation for r in expected.rounds]
-    again = copy.deepcopy(untuned)
-    done = tune_pv(again, dense, data, config=QUICK, work_dir=tmp_path / "0", resume=True)
-    assert_same(whole, again)
-    assert done.loss_after == expected.loss_after
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    model, dense, data = prepared()
-    tune_pv(copy.deepcopy(model), dense, data, config=QUICK, work_dir=tmp_path)
-    before = state(copy.deepcopy(model))
-    with pytest.raises(FileExistsError, match="resume=True"):
-        tune_pv(model, dense, data, config=QUICK, work_dir=tmp_path)
-    with pytest.raises(ValueError, match="another config and data"):
-        tune_pv(model, dense, data[1:], config=PVConfig(), work_dir=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="another teacher"):
-        tune_pv(model, None, data, config=QUICK, work_dir=tmp_path, resume=True)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no folder of a tuning run"):
-        tune_pv(model, dense, data, config=QUICK, work_dir=tmp_path / "other", resume=True)
-    with pytest.raises(ValueError, match="needs the work_dir"):
-        tune_pv(model, dense, data, config=QUICK, resume=True)
-    assert all(torch.equal(before[name], value) for name, value in state(model).items())
-
-
-def fused() -> nn.Module:
-    model = nn.Sequential(nn.Embedding(40, 64), Pair(), nn.Linear(64, 40))
-    quantize_(model, config(), lambda module, name: name.startswith("1."))
-    fuse_(model)
-    return model
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate_proj(x).tanh() * self.up_proj(x)
-
-
-def hooked() -> nn.Module:
-    model = prepared()[0]
-    layer = model.get_submodule("blocks.0.up")
-    layer.forward = layer.forward  # as accelerate's hooks leave it
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (Decoder, "no AQLM layer to tune"),
-        (fused, "unfuse_"),
-        (hooked, "remove_hook_from_module"),
-        (lambda: prepared()[0].to("meta"), "meta device"),
-    ],
-)
-def test_models_that_cannot_be_tuned(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tune_pv(make(), None, batches(), config=QUICK)
-
-
-def test_bad_arguments_are_errors_before_any_change() -> None:
-    model, dense, data = prepared()
-    before = state(copy.deepcopy(model))
-    cases: list[tuple[Any, Any, type[Exception], str]] = [
-        (model, data, ValueError, "shares parameters"),
-        ("dense", data, ValueError, "logits for 5 batches"),
-        (3, data, TypeError, "teacher must be"),
-        ([torch.zeros(4, 15, 40)] * 12, data, ValueError, r"batch 0 must have shape \[4, 16, \*\]"),
-        ([torch.zeros(4, 16, 39)] * 12, data, ValueError, "same vocabulary"),
-        (dense, data[:1], ValueError, "at least 2 batches"),
-        (dense, torch.stack(data), TypeError, "sequence"),
-        (dense, [*data, torch.zeros(4, 16)], ValueError, "batch 12 must be token ids"),
-        (dense, [torch.zeros(4, dtype=torch.int64)] * 3, ValueError, "batch 0 must be token ids"),
-    ]
-    for teacher, given, error, message in cases:
-        with pytest.raises(error, match=message):
-            tune_pv(model, teacher, given, config=QUICK)
-    broken = copy.deepcopy(dense)
-    nn.init.constant_(broken.head.weight, float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
-        tune_pv(model, broken, data, config=QUICK)
-    with pytest.raises(TypeError, match="PVConfig"):
-        tune_pv(model, dense, data, config={})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="logits"):
-        call_model(nn.Sequential(nn.Embedding(40, 8), nn.Flatten()), data[0])
-    assert all(torch.equal(before[name], value) for name, value in state(model).items())
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
-        ({"lr": 0.0}, ValueError, "lr must be positive"),
-        ({"trust_ratio": float("inf")}, ValueError, "trust_ratio must be positive and finite"),
-        ({"code_fraction": 1.5}, ValueError, r"code_fraction must lie in \[0, 1\]"),
-        ({"validation": 1}, ValueError, "validation must lie between"),
-        ({"dense": "some"}, ValueError, "dense must be one of none, vectors, all"),
-        ({"precision": "int4"}, ValueError, "precision must be one of"),
-        ({"gradient_memory": 0}, ValueError, "gradient_memory must be None or positive"),
-        ({"gradient_memory": 1.5}, TypeError, "gradient_memory must be an int"),
-        ({"gradient_checkpointing": 1}, TypeError, "True or False"),
-        ({"seed": "x"}, TypeError, "seed must be an int"),
-    ],
-)
-def test_configs_that_make_no_sense(fields: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        PVConfig(**fields)
