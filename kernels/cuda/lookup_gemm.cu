@@ -14,7 +14,7 @@
 //
 // Compile-time constants: those of codebooks.cuh with COPIES 8, TOKEN_TILES (16 or 32).
 #include "codebooks.cuh"
-#include "wgmma.cuh"
+#include "gemm.cuh"
 
 constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + 128;         // the last warpgroup has one thread that loads
@@ -46,39 +46,6 @@ struct GemmParams {
 
 extern __shared__ __align__(1024) u8 shared[];  // codebooks, ring of x, barriers, scratch of fill_books
 
-// A slot's place in the ring, and the parity of its barriers' phase.
-struct Ring {
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) slot = 0, parity ^= 1;
-  }
-};
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// Arrive at the barrier that stands at the same place in another block of the cluster. Without the cluster's scope, which
-// would cost a fence: a slot is read by products only, and those are finished.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
-  asm volatile(
-      "{.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 // Bulk copy to the same place in both blocks of the cluster; arrives at both blocks' `barrier`.
 __device__ __forceinline__ void copy_to_cluster(u32 to, const u8* from, int bytes, u32 barrier) {
   const u16 everyone = (1 << kCluster) - 1;
@@ -97,7 +64,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Work& work) {
   const u32 base = shared_address(shared), rank = rank_in_cluster();
   constexpr int kShare = kSlotBytes / kCluster;
   const int stages = work.blocks * kStages;
-  Ring at;
+  Ring<kSlots> at;
   for (int tile = work.first; tile < work.count; tile += work.step) {
     const long long first = static_cast<long long>(tile % work.of_tokens) * work.superblocks + work.first_block;
     const u8* from = p.x + first * kStages * kSlotBytes + rank * kShare;
@@ -115,7 +82,7 @@ struct Consumer {
   u32 column;
   bool active;    // the warp has rows
   int peer;       // the block that this lane tells of a slot that was read; -1: none
-  Ring at;
+  Ring<kSlots> at;
   u32 release;    // the barrier of the slot before, which may still be read; 0 if none
 };
 
@@ -142,34 +109,6 @@ __device__ __forceinline__ void multiply_block(Consumer& c, const u32 (&words)[2
     c.at.advance();
   }
   if constexpr (STEP + 1 < GROUPS_PER_LANE) multiply_block<STEP + 1>(c, words, acc);
-}
-
-// Write the outputs of a warp's 16 rows from `row0` of the partition on, pairs of neighbouring rows at once.
-__device__ __forceinline__ void store(const GemmParams& p, int row0, int token0, float unit, const float (&acc)[4 * TOKEN_TILES]) {
-  const int lane = opaque_thread() % 32;
-  const long long all_rows = static_cast<long long>(gridDim.z) * p.rows;
-  const bool odd = lane / 4 & 1, paired = (all_rows | p.rows) % 2 == 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = row0 + half * 8 + lane / 4;
-    const bool valid = row < p.rows;
-    const long long o = static_cast<long long>(blockIdx.z) * p.rows + row;
-    const float scale = valid ? to_float(p.scales[o]) * unit : 0.0f;
-    const float bias = valid && p.bias ? to_float(p.bias[o]) : 0.0f;
-    int token = token0 + lane % 4 * 2 + (paired && odd);  // and, unless paired, the next
-    u16* to = p.out + token * all_rows + o - (paired && odd);
-#pragma unroll
-    for (int t = 0; t < TOKEN_TILES; ++t, token += 8, to += 8 * all_rows) {
-      const float first = fmaf(acc[4 * t + half * 2], scale, bias), second = fmaf(acc[4 * t + half * 2 + 1], scale, bias);
-      if (paired) {  // a lane of an even row takes the first token of both rows, its neighbour the second
-        const float other = __shfl_xor_sync(~0u, odd ? first : second, 4);
-        if (valid && token < p.tokens) *reinterpret_cast<u32*>(to) = odd ? pack(other, second) : pack(first, other);
-      } else if (valid) {
-        if (token < p.tokens) to[0] = from_float(first);
-        if (token + 1 < p.tokens) to[all_rows] = from_float(second);
-      }
-    }
-  }
 }
 
 // Write the sums of a part of K.
