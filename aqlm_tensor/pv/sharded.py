@@ -90,7 +90,7 @@ def _check_parameter(name: str, parameter: DTensor, sharded: bool, ranks: Ranks)
 @contextlib.contextmanager
 def sharded_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[int, torch.dtype]]]:
     """`tuned_weights` of a model that FSDP2 has sharded; dense parameters stay in their dtypes."""
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     dtypes = {id(p): p.dtype for p in model.parameters() if isinstance(p, DTensor) and local_aqlm(p) is None}
     weights: dict[int, tuple[TunedWeight, AQLMTensor]] = {}
     layers: list[tuple[nn.Linear, TunedWeight]] = []
@@ -105,7 +105,7 @@ def sharded_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[
             dtypes |= {id(tuned.codebooks): local.dtype, id(tuned.scales): local.dtype}
         layers.append((layer, weights[id(weight)][0]))
     try:
-        for parameter in frozen:
+        for parameter, _ in before:
             parameter.requires_grad_(False)
         with multiplying(layers):
             yield [tuned for tuned, _ in weights.values()], dtypes
@@ -115,11 +115,9 @@ def sharded_weights(model: nn.Module) -> Iterator[tuple[list[TunedWeight], dict[
             for tuned, local in weights.values():
                 local.codebooks.copy_(tuned.codebooks)
                 local.scales.copy_(tuned.scales[tuned.rows.of(len(tuned.scales))])
-        for parameter in model.parameters():
+        for parameter, requires_grad in before:
             parameter.grad = None
-            parameter.requires_grad_(False)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(requires_grad)
 
 
 def _tuned(fqn: str, layer: nn.Linear, weight: Any, local: AQLMTensor) -> TunedWeight:
