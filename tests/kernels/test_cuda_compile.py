@@ -13,6 +13,7 @@ from aqlm_tensor.kernels import (
     cuda_lookup,
     cuda_runtime,
     cuda_sliced_codebook,
+    cuda_wide_sums,
 )
 from aqlm_tensor.kernels.cuda_linear_launch import Shape
 
@@ -62,15 +63,30 @@ def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, int8: 
 def test_others_compile(arch: str) -> None:
     dtype = 0 if arch == "sm_75" else 1
     assert b"finish_linear" in cuda_runtime.compile_source("finish_linear.cu", (("DTYPE_BF16", dtype),), arch)
-    if arch != "sm_75":
-        defines = (("NUM_BOOKS", 1 + (arch == "sm_80")), ("NBITS", 8), ("DTYPE_BF16", int(arch != "sm_80")))
-        assert b"partial_sums" in cuda_runtime.compile_source("partial_sums.cu", defines, arch)
-        constants = cuda_few_tokens.defines(2 - (arch == "sm_80"), 8, torch.bfloat16 if dtype else torch.float16)
-        code = cuda_runtime.compile_source("few_tokens.cu", constants, arch)
-        assert b"few_tokens" in code
-        assert b"finish_few_tokens" in code
     defines = (("NUM_BOOKS", 3), ("NBITS", 7), ("TOKENS", 8))
     assert b"lookup_float32" in cuda_runtime.compile_source("lookup_float32.cu", defines, arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "books", "nbits", "group"),
+    [
+        ("sm_80", 1, 8, 8),
+        ("sm_86", 2, 2, 8),
+        ("sm_89", 4, 6, 16),
+        ("sm_90a", 8, 8, 32),
+        ("sm_100", 8, 8, 8),
+        ("sm_120", 2, 8, 16),
+    ],
+)
+def test_partial_sums_compile(arch: str, books: int, nbits: int, group: int) -> None:
+    dtype = torch.float16 if arch in ("sm_80", "sm_120") else torch.bfloat16
+    defines = cuda_few_tokens.defines(books, nbits, group, dtype)
+    assert b"partial_sums" in cuda_runtime.compile_source("partial_sums.cu", defines, arch)
+    code = cuda_runtime.compile_source("few_tokens.cu", defines, arch)
+    assert b"few_tokens" in code
+    assert b"finish_few_tokens" in code
+    defines = cuda_wide_sums.defines(min(books, 2), 10 + nbits // 4, dtype)
+    assert b"wide_sums" in cuda_runtime.compile_source("wide_sums.cu", defines, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

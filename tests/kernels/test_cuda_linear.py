@@ -1,5 +1,6 @@
 """The CUDA kernels, each called directly on a GPU, against the numerics contract."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,7 +28,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-SCHEMES = st.sampled_from(("2x8g8", "1x8g8", "4x8g8", "2x6g8", "1x4g8")).map(AQLMScheme.parse)
+SCHEMES = st.sampled_from(("2x8g8", "1x8g8", "4x8g8", "2x6g8", "1x4g8", "2x12g8", "1x9g8")).map(AQLMScheme.parse)
+TABLES = st.sampled_from(("2x8g8", "1x8g8", "4x4g8", "2x6g16", "1x2g8", "4x8g16", "8x8g32")).map(AQLMScheme.parse)
+WIDE = st.sampled_from(("2x12g8", "1x12g8", "2x9g8", "1x10g8")).map(AQLMScheme.parse)
 DECODED = st.sampled_from(
     ("2x8g8", "1x8g8", "3x8g8", "8x8g8", "2x5g8", "4x1g8", "2x12g8", "3x8g16", "2x8g24", "8x8g32", "1x16g8", "1x6g64")
 ).map(AQLMScheme.parse)
@@ -39,10 +42,14 @@ Linear = Callable[..., torch.Tensor]
 FEW_TOKENS = [  # kernels that read the codes, and schemes they are for
     pytest.param(cuda_lookup.linear, "2x8g8", id="2x8g8"),
     pytest.param(cuda_lookup.linear, "1x8g8", id="1x8g8"),
+    pytest.param(cuda_lookup.linear, "2x12g8", id="2x12g8"),
     pytest.param(cuda_sliced_codebook.linear, "1x16g8", id="1x16g8"),
     pytest.param(cuda_sliced_codebook.linear, "1x16g16", id="1x16g16"),
 ]
-PARTIAL_SUMS = pytest.param(cuda_partial_sums.linear, "2x8g8", id="partial sums")
+PARTIAL_SUMS = [
+    pytest.param(cuda_partial_sums.linear, "2x8g8", id="partial sums"),
+    pytest.param(cuda_partial_sums.linear, "8x8g32", id="partial sums 8x8g32"),
+]
 
 
 def runs(module, op: Op, case: Case) -> bool:
@@ -70,13 +77,20 @@ def test_lookup(case: Case) -> None:
     assert_linear(cuda_lookup.linear, on_gpu(case))
 
 
-@given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=st.just(1)))
+@given(case=cases(schemes=TABLES, dtypes=HALF, rows=st.just(1)))
 def test_partial_sums(case: Case) -> None:
     assume(runs(cuda_partial_sums, "linear", case))
     assert_linear(cuda_partial_sums.linear, on_gpu(case))
 
 
-@given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=st.sampled_from((2, 3, 4))))
+@given(case=cases(schemes=WIDE, dtypes=HALF, rows=st.just(1)))
+def test_partial_sums_of_wide_codes(case: Case) -> None:
+    case = replace(case, in_groups=case.in_groups + -case.in_groups % 8)  # whole vectors of codes for each lane
+    assume(runs(cuda_partial_sums, "linear", case))
+    assert_linear(cuda_partial_sums.linear, on_gpu(case))
+
+
+@given(case=cases(schemes=TABLES, dtypes=HALF, rows=st.sampled_from((2, 3, 4, 5, 9))))
 def test_partial_sums_of_few_tokens(case: Case) -> None:
     case = replace(case, in_groups=case.in_groups + -case.in_groups % 16)  # whole vectors of codes for each lane
     assume(runs(cuda_partial_sums, "linear", case))
@@ -84,9 +98,10 @@ def test_partial_sums_of_few_tokens(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8"])
+@pytest.mark.parametrize(
+    ("scheme", "rows"), [*itertools.product(("2x8g8", "1x8g8", "8x8g32", "4x8g16"), (1, 2, 4, 18)), ("2x12g8", 1)]
+)
 @pytest.mark.parametrize(("in_features", "out_features"), [shape for shape in SHAPES if shape[0] % 128 == 0])
-@pytest.mark.parametrize("rows", [1, 2, 4])
 def test_partial_sums_shapes(scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> None:
     codes, codebooks, scales, bias, x = random_layer(scheme, in_features, out_features, rows, dtype)
     y = cuda_partial_sums.linear(x, codes, codebooks, scales, bias)
@@ -163,8 +178,10 @@ def test_partitions(linear: Linear, scheme: str, partitions: int, rows: int) -> 
     assert_input_grad(cuda_dequantize.linear_input_grad, on_gpu(case))
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g8", "2x6g8"])
-@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("scheme", "rows"),
+    [*itertools.product(("2x8g8", "1x8g8", "2x6g8", "8x8g32", "4x8g8"), (1, 3, 6)), ("2x12g8", 1)],
+)
 def test_partial_sums_partitions(rows: int, scheme: str) -> None:
     case = Case(AQLMScheme.parse(scheme), 300 * 3, 96, rows, torch.bfloat16, 3, bias=True)
     for values in ("normal", "wide", "exact", "nonfinite", "bad_entry"):
@@ -184,7 +201,7 @@ def test_pieces(scheme: str, workspace: int, monkeypatch: pytest.MonkeyPatch) ->
     assert_linear(cuda_dequantize.linear, on_gpu(replace(case, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
 def test_sliced_codes(linear: Linear, scheme: str) -> None:
     """Rows of codes that start at odd addresses or lie farther apart than they are long are read where they are."""
     codes, codebooks, scales, bias, x = random_layer(scheme, 1024, 200, 4, torch.bfloat16)
@@ -197,7 +214,7 @@ def test_sliced_codes(linear: Linear, scheme: str) -> None:
     assert_same_bits(whole[:, first:], linear(x, codes[first:], codebooks, scales[first:], bias[first:]))
 
 
-@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
 def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
     codes, codebooks, scales, bias, x = random_layer(scheme, 2048, 1024, 3, torch.bfloat16)
     expected = linear(x, codes, codebooks, scales, bias)
@@ -219,7 +236,7 @@ def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
         assert_same_bits(output, y)
 
 
-@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, PARTIAL_SUMS])
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_operands_written_by_the_kernel_before(linear: Linear, scheme: str, rows: int) -> None:
     """A kernel that starts before the one ahead of it has ended still reads what that wrote, weights included."""
