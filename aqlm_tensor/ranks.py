@@ -46,10 +46,15 @@ class Ranks:
 
     def owners(self, sizes: Sequence[int]) -> list[int]:
         """A rank for each piece of work, so that the largest share is small; the same on every rank."""
-        loads = [0] * self.size
+        return self.divided(sizes, self.size)
+
+    @staticmethod
+    def divided(sizes: Sequence[int], ranks: int) -> list[int]:
+        """`owners` of so many ranks."""
+        loads = [0] * ranks
         owners = [0] * len(sizes)
         for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-            owners[index] = min(range(self.size), key=loads.__getitem__)
+            owners[index] = min(range(ranks), key=loads.__getitem__)
             loads[owners[index]] += sizes[index]
         return owners
 

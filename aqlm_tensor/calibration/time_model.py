@@ -6,20 +6,30 @@ them layers of 4096x4096, 4096x14336 and 8192x28672 come out within 16 % of what
 of 4096x4096 with a codebook of 2^16 entries within 2 % of 11.1 s, and SmolLM2-135M with fine-tuning (which the
 launches of a step were fitted to) within 2 % of 96 s. Fine-tuning of large models rests on one short run of a 7B block
 and may be off by half. On another GPU take the ratio of float32 products a second.
+
+Of several processes the one with most to do counts, and not the time in which they send each other sums and layers.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
 from aqlm_tensor.blocks import find_blocks, linears_of
 from aqlm_tensor.calibration.finetune import FinetuneConfig
-from aqlm_tensor.calibration.memory_model import shared_inputs
+from aqlm_tensor.calibration.memory_model import (
+    SolvedParts,
+    expert_parts,
+    owners_of,
+    share_of_tokens,
+    shared_inputs,
+    solved_parts,
+    used_experts,
+)
 from aqlm_tensor.calibration.report import Phase
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.quantizer.solver import SolverConfig
 from aqlm_tensor.scheme import AQLMScheme
-from aqlm_tensor.targets import why_incompatible
 
 __all__ = ["estimate_seconds", "layer_seconds"]
 
@@ -33,6 +43,7 @@ _GROUP = 35e-6  # s: the search of one group, however few rows there are
 _ROUND = 9e-3  # s: the launches of a round
 _LAYER = 30e-3  # s: what every layer takes
 _PASS = 3e-3  # s: the launches of a block's forward pass
+_EXPERT = 0.5e-3  # s: the launches of one expert in a pass in which X^T X is added up
 _STEP = 9e-3  # s: the launches of a step of fine-tuning
 _DECODING = 0.5e-9  # s a weight: decoding and gathering gradients in a step of fine-tuning
 _STARTING = 8.0  # s: kernels are compiled
@@ -61,8 +72,9 @@ def estimate_seconds(
     batch_tokens: int,
     blocks: Sequence[nn.Module] | None = None,
     finetune: FinetuneConfig | None = None,
+    processes: int = 1,
 ) -> dict[Phase, float]:
-    """Predict the seconds that `calibrate` takes on one H100, by phase; stacks of experts are not counted.
+    """Predict the seconds that `calibrate` takes on one H100 for each process, by phase.
 
     Args:
         model: of the shapes in question.
@@ -71,34 +83,59 @@ def estimate_seconds(
         batch_tokens: of one batch.
         blocks: as for `calibrate`.
         finetune: as for `calibrate`; all its epochs are counted.
+        processes: that share batches and layers.
 
     Raises:
         ValueError: if the model has no blocks with linear layers.
     """
     seconds: dict[Phase, float] = dict.fromkeys(("capture", "calibrate", "quantize", "propagate"), 0.0)
     seconds["capture"] = _STARTING
-    scheme, batches = AQLMScheme.parse(config.scheme), -(-tokens // batch_tokens)
+    scheme, batches = AQLMScheme.parse(config.scheme), math.ceil(tokens / batch_tokens)
+    own = math.ceil(batches / processes)
     for block in find_blocks(model) if blocks is None else blocks:
-        linears = linears_of([block])
-        layers = [layer for layer in linears if why_incompatible(layer, config) is None]
+        linears, parts = linears_of([block]), solved_parts(model, block, config)
         weights = sum(layer.weight.numel() for layer in linears)
+        active = weights + sum(stack.weight[0].numel() * used_experts(stack) for stack in parts.stacks)
         half = linears[0].weight.element_size() == 2
-        forward = batches * max(_PASS, 2 * batch_tokens * weights / (_HALF_PRODUCTS if half else _PRODUCTS))
-        squares = sum(group[0].in_features ** 2 for group in shared_inputs(block, layers))
-        seconds["calibrate"] += forward + squares * (2 * tokens / _PRODUCTS + 20 * batches / _BYTES)
-        seconds["quantize"] += sum(
-            layer_seconds(layer.out_features, layer.in_features, scheme, config.solver) for layer in layers
-        )
+        forward = own * max(_PASS, 2 * batch_tokens * active / (_HALF_PRODUCTS if half else _PRODUCTS))
+        one_by_one = own * _EXPERT * max((len(stack.weight) for stack in parts.stacks), default=0)
+        seen = share_of_tokens(tokens, batch_tokens, processes)
+        seconds["calibrate"] += forward + one_by_one + _summing(block, parts, seen, own)
+        seconds["quantize"] += max(_solving(parts, scheme, config.solver, rank, processes) for rank in range(processes))
         seconds["propagate"] += forward
         if finetune is not None:
             now = seconds.get("fine-tune", 0.0)
-            seconds["fine-tune"] = now + _tuning_seconds(finetune, weights, batches, batch_tokens)
+            seconds["fine-tune"] = now + _tuning_seconds(finetune, weights, active, batches, batch_tokens, processes)
     return seconds
 
 
-def _tuning_seconds(config: FinetuneConfig, weights: int, batches: int, batch_tokens: int) -> float:
+def _summing(block: nn.Module, parts: SolvedParts, tokens: int, batches: int) -> float:
+    """X^T X of the layers and experts of a block."""
+    squares = sum(group[0].in_features ** 2 for group in shared_inputs(block, parts.layers))
+    products, touched = squares, squares
+    for stack in parts.stacks:
+        products += used_experts(stack) * stack.weight.shape[2] ** 2
+        touched += len(stack.weight) * stack.weight.shape[2] ** 2
+    return products * 2 * tokens / _PRODUCTS + touched * 20 * batches / _BYTES
+
+
+def _solving(parts: SolvedParts, scheme: AQLMScheme, solver: SolverConfig, rank: int, processes: int) -> float:
+    """One process's layers and experts of a block."""
+    owners = owners_of(parts.layers, processes)
+    mine = [layer for layer in parts.layers if owners[layer] == rank]
+    for stack in parts.stacks:
+        mine += expert_parts(stack) * len(range(rank, len(stack.weight), processes))
+    return sum(layer_seconds(layer.out_features, layer.in_features, scheme, solver) for layer in mine)
+
+
+def _tuning_seconds(
+    config: FinetuneConfig, weights: int, active: int, batches: int, batch_tokens: int, processes: int
+) -> float:
+    """Of a block with so many decoded weights, and so many that a token is multiplied with."""
     held_out = config.held_out(batches)
-    product = 2 * batch_tokens * weights / _PRODUCTS
+    product = 2 * batch_tokens * active / _PRODUCTS
     training = _STEP + 3 * product + _DECODING * weights
     validating = max(_PASS, product) + _DECODING * weights / 2
-    return config.epochs * held_out.start * training + (config.epochs + 1) * len(held_out) * validating
+    together = math.ceil(config.batches_per_step / processes) / config.batches_per_step  # passes one after another
+    validated = math.ceil(len(held_out) / processes)
+    return config.epochs * held_out.start * together * training + (config.epochs + 1) * validated * validating

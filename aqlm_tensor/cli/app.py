@@ -47,8 +47,10 @@ def quantize(
         str | None,
         typer.Option(
             help="What to calibrate on: a UTF-8 text, a .npy or .pt file of token ids, "
-            "dataset:NAME?config=...&split=...&column=..., or 'generated' (the model writes it). Without it the result "
-            "is poor, most of all on small models."
+            "dataset:NAME?config=...&split=...&column=..., 'conversations' (a chat model writes questions and "
+            "answers), or 'generated' (a model writes its data, chat models some conversations, too); several joined "
+            "by '+' give as many windows each. A chat model that sees prose alone forgets how to answer. Without data "
+            "the result is poor, most of all on small models."
         ),
     ] = None,
     bits: Annotated[
@@ -70,6 +72,12 @@ def quantize(
         str | None,
         typer.Option(help="pv: then tune codes, codebooks, scales and norms end to end, against the dense model."),
     ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="With --tune and torchrun: divide both models over the GPUs (FSDP2), if one is too small."
+        ),
+    ] = False,
     blockwise: Annotated[
         bool,
         typer.Option(help="Calibrate each block on what the quantized ones before it put out, or all on dense inputs."),
@@ -121,6 +129,7 @@ def quantize(
                 seed=seed,
                 finetune=finetune,
                 tune=tune,
+                shard=shard,
                 blockwise=blockwise,
                 true_sequential=true_sequential,
                 keep_inputs=keep_inputs,
@@ -147,11 +156,12 @@ def estimate(
     finetune: Annotated[bool, typer.Option("--finetune", help="With fine-tuning of each block.")] = False,
     keep_inputs: Annotated[str, typer.Option(help="device, cpu or disk, as for quantize.")] = "device",
     dtype: Annotated[str, typer.Option(help="As for quantize.")] = "auto",
+    processes: Annotated[int, typer.Option(min=1, help="Processes (torchrun), each with a GPU of its own.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Tell how much memory, disk and time quantizing a model block by block will take; reads its config only.
 
-    The time is that of one H100, on which it was measured.
+    The time is that of H100s, on one of which it was measured.
     """
     with failures():
         from aqlm_tensor.cli.estimate import run
@@ -165,6 +175,7 @@ def estimate(
             finetune=finetune,
             keep_inputs=keep_inputs,  # pyright: ignore[reportArgumentType] - checked there
             dtype=dtype,
+            processes=processes,
             as_json=as_json,
         )
 

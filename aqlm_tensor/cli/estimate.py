@@ -29,6 +29,7 @@ def run(
     finetune: bool,
     keep_inputs: Place,
     dtype: str,
+    processes: int,
     as_json: bool,
 ) -> None:
     """Print what `quantize` with the same options will take; see `aqlm-tensor estimate --help`."""
@@ -37,20 +38,18 @@ def run(
     with usage():
         config = AQLMWeightConfig(scheme, on_incompatible="skip")
         model = _shapes(find_model(model_path, gguf_file), parse_dtype(dtype))
-        if find_stacks(model, config, list(find_blocks(model)))[0]:
-            note("the experts of this model are not counted", style="yellow")
         tokens, at_once = nsamples * seqlen, seqlen * (1 if finetune else windows_at_once(nsamples, seqlen))
-        estimate = estimate_memory(
-            model, config, tokens=tokens, batch_tokens=at_once, finetune=finetune, keep_inputs=keep_inputs
-        )
-        seconds = estimate_seconds(
-            model, config, tokens=tokens, batch_tokens=at_once, finetune=tuning(nsamples) if finetune else None
-        )
+        shared: dict[str, Any] = {"tokens": tokens, "batch_tokens": at_once, "processes": processes}
+        estimate = estimate_memory(model, config, **shared, finetune=finetune, keep_inputs=keep_inputs)
+        seconds = estimate_seconds(model, config, **shared, finetune=tuning(nsamples) if finetune else None)
+    skipped = find_stacks(model, config, list(find_blocks(model)))[1]
+    if skipped:
+        note(f"{len(skipped)} stacks of experts stay dense: {next(iter(skipped.values()))}", style="yellow")
     if as_json:
         sizes = {"host": estimate.host, "work_dir": estimate.work_dir, "result": estimate.result}
         print_json({"device": estimate.device, "device_peak": estimate.peak, **sizes, "seconds_on_h100": seconds})
     else:
-        _print(estimate, seconds)
+        _print(estimate, seconds, processes)
 
 
 def _shapes(source: ModelSource, dtype: Any) -> Any:
@@ -67,7 +66,9 @@ def _shapes(source: ModelSource, dtype: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _print(estimate: MemoryEstimate, seconds: dict[Phase, float]) -> None:
+def _print(estimate: MemoryEstimate, seconds: dict[Phase, float], processes: int) -> None:
+    if processes > 1:
+        emit(f"for each of {processes} processes, what they send each other not counted:")
     for phase, size in estimate.device.items():
         emit(f"on the device, {phase + ':':<12} {size / 1e9:8.2f} GB")
     emit(f"on the device, at most:     {estimate.peak / 1e9:8.2f} GB")
@@ -75,4 +76,5 @@ def _print(estimate: MemoryEstimate, seconds: dict[Phase, float]) -> None:
     emit(f"work folder on disk:        {estimate.work_dir / 1e9:8.2f} GB")
     emit(f"quantized model on disk:    {estimate.result / 1e9:8.2f} GB")
     phases = ", ".join(f"{phase} {took:.0f}" for phase, took in seconds.items())
-    emit(f"on one H100:                {sum(seconds.values()):8.0f} s ({phases})")
+    where = "on one H100: " if processes == 1 else "on an H100 each:"
+    emit(f"{where:<26} {sum(seconds.values()):9.0f} s ({phases})")

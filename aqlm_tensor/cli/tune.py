@@ -2,23 +2,27 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aqlm_tensor import PVConfig, tune_pv
+from aqlm_tensor.blocks import find_blocks, linears_of
 from aqlm_tensor.cli.arguments import open_model
 from aqlm_tensor.cli.output import UsageError, bar
 from aqlm_tensor.cli.progress import tuning
 from aqlm_tensor.hf_model import ModelSource
 from aqlm_tensor.pv.report import PVReport, PVRound
+from aqlm_tensor.pv.sharded import gather_into, sharded_copy
 from aqlm_tensor.ranks import Ranks
 
-__all__ = ["TUNING_REPORT_NAME", "check_tune", "tune_with_bar", "write_tuning_report"]
+__all__ = ["TUNING_REPORT_NAME", "check_shard", "check_tune", "tune_with_bar", "write_tuning_report"]
 
 TUNING_REPORT_NAME = "tuning_report.json"
+_GRADIENT_MEMORY = 4 << 30  # of each process, for choosing codes of a sharded model
 
 
 def check_tune(tune: str | None, windows: int) -> None:
@@ -36,6 +40,24 @@ def check_tune(tune: str | None, windows: int) -> None:
         )
 
 
+def check_shard(shard: bool, tune: str | None, model: Any, ranks: Ranks) -> None:
+    """Refuse `--shard` where models cannot be divided.
+
+    Raises:
+        UsageError: naming what stands in the way.
+    """
+    if not shard:
+        return
+    if tune is None or ranks.size == 1:
+        raise UsageError("--shard divides models while --tune tunes them, over several processes: start it by torchrun")
+    for layer in linears_of(find_blocks(model)):
+        if layer.out_features % ranks.size:
+            raise UsageError(
+                f"--shard: {ranks.size} processes do not divide the {layer.out_features} rows of a layer: use another "
+                "number"
+            )
+
+
 def tune_with_bar(
     model: Any,
     source: ModelSource,
@@ -46,6 +68,7 @@ def tune_with_bar(
     device: str,
     resume: bool,
     group: Any = None,
+    shard: bool = False,
 ) -> PVReport:
     """`tune_pv` on the windows that the model was calibrated on, with a progress bar.
 
@@ -58,23 +81,28 @@ def tune_with_bar(
         device: where to compute.
         resume: go on with what `work` holds.
         group: processes that share each step's windows, of which there are then at least as many.
+        shard: divide both models over these, too; each still loads the dense one into CPU memory.
     """
     processes = Ranks(group).size
     wanted = tuning(len(windows)).batches_per_step
     config = PVConfig(batches_per_step=-(-wanted // processes) * processes)
-    teacher, _ = open_model(source, None, dtype, device)
+    if shard:
+        config = replace(config, gradient_checkpointing=True, gradient_memory=_GRADIENT_MEMORY)
+    teacher, _ = open_model(source, None, dtype, "cpu" if shard else device)
+    tuned, teacher = (sharded_copy(one, torch.device(device)) if shard else one.to(device) for one in (model, teacher))
     folder = work / "tuning"
     with bar("tuning", config.steps(len(windows)), "steps") as shown:
 
         def show(done: PVRound) -> None:
             shown.update(done.step, f"held-out loss {done.validation:.4f}")
 
-        model.to(device)
         try:
             return tune_pv(
-                model, teacher, windows, config=config, work_dir=folder, resume=resume, group=group, on_round=show
+                tuned, teacher, windows, config=config, work_dir=folder, resume=resume, group=group, on_round=show
             )
         finally:
+            if shard:
+                gather_into(model, tuned)
             model.cpu()
 
 

@@ -9,14 +9,18 @@ them; for 2^16 entries 11 MB a layer), one block in use, and what `gradient_memo
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.pv.config import PVConfig
 from aqlm_tensor.pv.layers import TunedWeight, local_aqlm, multiplying
 from aqlm_tensor.pv.rows import Rows
@@ -24,7 +28,7 @@ from aqlm_tensor.pv.trained import is_trained
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["check_sharding", "is_sharded", "reshard", "sharded_weights"]
+__all__ = ["check_sharding", "gather_into", "is_sharded", "reshard", "sharded_copy", "sharded_weights"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -37,6 +41,35 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a model that is sharded block by block over all processes; each has its shard on a device.
+
+    Args:
+        model: the same on each process, in CPU memory; left alone.
+        device: this process's.
+
+    Raises:
+        ValueError: if the model has no blocks, or the processes do not divide the rows of an AQLM weight.
+    """
+    own: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    own |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    copied = copy.deepcopy(model, own)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in find_blocks(copied):
+        fully_shard(block.to(device), mesh=mesh)
+    return fully_shard(copied.to(device), mesh=mesh)
+
+
+@torch.no_grad()
+def gather_into(model: nn.Module, sharded: nn.Module) -> None:
+    """Copy all values of a sharded copy into a model's own parameters, gathering one at a time."""
+    reshard(sharded)
+    theirs = dict(sharded.named_parameters())
+    for name, parameter in model.named_parameters():
+        value: Any = theirs[name]
+        parameter.copy_((value.full_tensor() if isinstance(value, DTensor) else value).to(parameter.device))
 
 
 def check_sharding(model: nn.Module, config: PVConfig, ranks: Ranks) -> None:

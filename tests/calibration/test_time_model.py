@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, SolverConfig
@@ -37,6 +38,24 @@ def test_a_run_that_was_measured_on_a_gpu() -> None:
     plain = estimate_seconds(model, config, tokens=131072, batch_tokens=4096)
     assert {phase: seconds[phase] for phase in plain} == plain
     assert set(seconds) - set(plain) == {"fine-tune"}
+
+
+def test_processes_and_experts() -> None:
+    config, shape = AQLMWeightConfig("2x8g8"), {"tokens": 131072, "batch_tokens": 4096}
+    with torch.device("meta"):
+        model = nn.Sequential(nn.ModuleList(Block(4096, 11008, 1024) for _ in range(2)))
+        sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
+        experts = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=8))
+    one, four = (estimate_seconds(model, config, **shape, processes=count) for count in (1, 4))
+    assert one["propagate"] == pytest.approx(4 * four["propagate"])
+    down = layer_seconds(4096, 11008, AQLMScheme.parse("2x8g8"), SolverConfig())
+    assert four["quantize"] >= 2 * down, "the largest layer bounds what processes gain"
+    assert one["quantize"] > 2 * four["quantize"]
+    found, shared = (estimate_seconds(experts, config, **shape, processes=count)["quantize"] for count in (1, 8))
+    scheme, solver = AQLMScheme.parse("2x8g8"), SolverConfig()
+    expert = 2 * layer_seconds(2048, 1024, scheme, solver) + layer_seconds(1024, 2048, scheme, solver)
+    assert found > 8 * expert
+    assert shared < found - 6.9 * expert
 
 
 def test_time_left_is_told_from_blocks_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:

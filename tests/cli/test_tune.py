@@ -1,16 +1,22 @@
 """aqlm-tensor quantize --tune pv."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="extra transformers")
 
 from typer.testing import CliRunner
 
+from aqlm_tensor.blocks import sample_windows
 from aqlm_tensor.checkpoint import inspect
 from aqlm_tensor.cli.app import app
+from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from tests.tiny_llama import TEXT, write_dense
 
 
@@ -28,9 +34,32 @@ def test_quantize_then_tune(tmp_path: Path) -> None:
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.full
+def test_models_divided_over_two_processes(tmp_path: Path) -> None:
+    dense, out, text = write_dense(tmp_path / "dense"), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    program = Path(sys.executable).with_name("aqlm-tensor")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    options = ["--scheme", "2x3g8", "--data", text, "--nsamples", "6", "--seqlen", "32", "--tune", "pv", "--shard"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [*start, program, "quantize", dense, out, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "tuning_report.json").read_text())
+    assert report["loss_after"] < report["loss_before"]
+    models = [load_model(find_model(folder))[0] for folder in (out, dense)]
+    batch = sample_windows(tokenize(load_model(find_model(dense))[1], TEXT), 6, 32)[-1]
+    with torch.no_grad():
+        q, p = (model(batch).logits.double().log_softmax(-1) for model in models)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(report["loss_after"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--tune", "pv", "--data", "generated", "--shard"], "start it by torchrun"),
         (["--tune", "lora", "--data", "generated"], "only choice is pv"),
         (["--tune", "pv"], "need --data"),
         (["--tune", "pv", "--data", "generated", "--nsamples", "1"], "at least 2 windows"),
