@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aqlm_tensor.codes import codes_to_indices
-from aqlm_tensor.kernels import registry
+from aqlm_tensor.kernels import int8_codebooks, registry
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
@@ -48,8 +48,8 @@ CASES: dict[str, tuple[Sequence[str], Sequence[int]]] = {  # what runs unless th
     "1x8g8": (["8192x28672"], FEWER_ROWS),
     "4x8g8": (["8192x28672"], FEWER_ROWS),
     "1x16g16": (["8192x28672"], FEWER_ROWS),
-    "8x8g32": (["8192x28672"], (1, 4, 16)),
-    "2x12g8": (["8192x28672"], (1, 4, 16)),
+    "8x8g32": (["8192x28672"], FEWER_ROWS),
+    "2x12g8": (["8192x28672"], FEWER_ROWS),
 }
 WRONG = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
@@ -142,16 +142,25 @@ def event_seconds(call: Callable[[int], Any], index: int) -> float:
 
 
 def ours(case: Case, parts: list[Parts], x: Tensor, every: bool) -> dict[str, Provided]:
-    """The kernel that is chosen, its name marked; if `every`, all others that can run the case, too."""
+    """The kernel that is chosen, its name marked; those of options, with them; if `every`, all others that can run."""
     problem = case.problem(x.shape[0])
     chosen = next(kernel.name for kernel, reason in registry.explain(problem) if reason is None)
+    stored = sum(part.nbytes for part in parts[0])
     found = {}
     for kernel in registry.KERNELS:
-        if kernel.name == chosen or (every and kernel.fast and kernel.why_not(problem) is None):
+        if kernel.name == chosen or ((every or kernel.option) and kernel.fast and kernel.why_not(problem) is None):
             linear = kernel.function("linear")
-            name = f"{kernel.name} (chosen)" if kernel.name == chosen else kernel.name
-            found[name] = Provided(lambda i, linear=linear: linear(x, *parts[i], None), len(parts), parts[0])
+            note = "chosen" if kernel.name == chosen else kernel.option
+            name = f"{kernel.name} ({note})" if note else kernel.name
+            weight = rounded_weight(parts[0]) if kernel.option == "int8_codebooks" else parts[0]
+            found[name] = Provided(lambda i, linear=linear: linear(x, *parts[i], None), len(parts), weight, stored)
     return found
+
+
+def rounded_weight(parts: Parts) -> Tensor:
+    """The weight in float64 that the option `int8_codebooks` multiplies with."""
+    codes, codebooks, scales = parts
+    return exact_weight((codes, int8_codebooks.restored(int8_codebooks.quantized(codebooks))[0], scales))
 
 
 def measure(case: Case, rows: tuple[int, ...], limits: Limits, arguments: argparse.Namespace) -> list[dict[str, Any]]:

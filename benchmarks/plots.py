@@ -79,7 +79,7 @@ def plot_gpu_linear(results: Path, picture: Path) -> None:
         for axis, measure in zip(axes[:, column], measures, strict=True):
             for name, by_rows in sorted(by_name.items()):
                 rows = sorted(by_rows)
-                style = "--" if name.startswith("official") else ":" if "cuBLAS" in name or "int4" in name else "-"
+                style = _STYLES.get(name.split()[0], "-")
                 values = [by_rows[m][measure] for m in rows]
                 (handles[name],) = axis.plot(rows, values, style, marker=".", color=colours[name.split()[-1]])
             axis.set(xscale="log", xlabel="rows of x", ylabel=measure.replace("_", " "))
@@ -92,12 +92,17 @@ def plot_gpu_linear(results: Path, picture: Path) -> None:
     plt.close(figure)
 
 
+_STYLES = {"official": "--", "PyTorch": ":", "cuBLAS": ":", "ours,": "-."}  # by the first word
+
+
 def _label(kernel: str, scheme: str) -> str | None:
     """What a line is called; None for kernels of this library that were not chosen."""
     if kernel in ("cuBLAS", "PyTorch int4"):
         return kernel
     if kernel.startswith("official"):
         return f"official {scheme}"
+    if kernel.endswith("(int8_codebooks)"):
+        return f"ours, int8 codebook, {scheme}"
     return f"ours {scheme}" if kernel.endswith("(chosen)") else None
 
 
