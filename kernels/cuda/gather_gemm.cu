@@ -141,9 +141,9 @@ __device__ __forceinline__ void gather_stage(const u8* book, const u32 (&codes)[
       code = word >> j % 2 * 16 & ((1u << NBITS) - 1);
     }
     near[j] = 0;
-    if (NEAR > 0 && code < kCluster * NEAR) {
-      const u32 owner = code >= NEAR;
-      near[j] = at_rank(base + kTable + (code - owner * NEAR) * kEntryBytes + threadIdx.x % kPieces * 16, owner);
+    if constexpr (NEAR > 0) {
+      const u32 owner = code >= NEAR, at = base + kTable + (code - owner * NEAR) * kEntryBytes + threadIdx.x % kPieces * 16;
+      if (code < kCluster * NEAR) near[j] = at_rank(at, owner);
     }
     gather_16(to[j] + slot, book + static_cast<u64>(code) * kEntryBytes, near[j] == 0);
   }
