@@ -208,7 +208,7 @@ class _Writer:
         for position in range(1, seqlen):
             logits = self._next_logits(tokens[:, :position])
             pairs = zip(rows, self._sample(logits).tolist(), logits.argmax(1).tolist(), strict=True)
-            tokens[:, position] = torch.tensor([row.next(*proposed, ends) for row, *proposed in pairs])
+            tokens[:, position] = torch.tensor([row.next(sample, best, ends) for row, sample, best in pairs])
             on_column(position + 1)
         return tokens
 

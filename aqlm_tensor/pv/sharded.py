@@ -59,7 +59,8 @@ def sharded_copy(model: nn.Module, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in find_blocks(copied):
         fully_shard(block.to(device), mesh=mesh)
-    return fully_shard(copied.to(device), mesh=mesh)
+    fully_shard(copied.to(device), mesh=mesh)
+    return copied
 
 
 @torch.no_grad()

@@ -100,9 +100,9 @@ def test_sources_that_mix(tmp_path: Any) -> None:
     assert [one["kind"] for one in data.provenance["sources"]] == ["tokens", "generated"]
     assert data.provenance["tokens"] == 60
     with pytest.raises(ValueError, match="1 windows cannot come from 2 sources"):
-        calibration_data(source, **(options | {"nsamples": 1}))
+        calibration_data(source, **{**options, "nsamples": 1})
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
-        calibration_data("conversations", **(options | {"tokenizer": None}))
+        calibration_data("conversations", **{**options, "tokenizer": None})
     assert interleaved([1, 2, 3], [4]) == [1, 2, 4, 3]
 
 

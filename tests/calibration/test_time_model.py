@@ -1,5 +1,7 @@
 """estimate_seconds and what is told while a run goes on: against times measured on one H100, and a clock."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
@@ -41,10 +43,11 @@ def test_a_run_that_was_measured_on_a_gpu() -> None:
 
 
 def test_processes_and_experts() -> None:
-    config, shape = AQLMWeightConfig("2x8g8"), {"tokens": 131072, "batch_tokens": 4096}
+    config = AQLMWeightConfig("2x8g8")
+    shape: dict[str, Any] = {"tokens": 131072, "batch_tokens": 4096}
     with torch.device("meta"):
         model = nn.Sequential(nn.ModuleList(Block(4096, 11008, 1024) for _ in range(2)))
-        sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
+        sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
         experts = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=8))
     one, four = (estimate_seconds(model, config, **shape, processes=count) for count in (1, 4))
     assert one["propagate"] == pytest.approx(4 * four["propagate"])
