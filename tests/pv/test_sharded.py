@@ -20,7 +20,7 @@ from tests.calibration.test_ranks import everyone
 from tests.integrations.test_data_parallel import forget_accelerate, fsdp2
 from tests.pv.models import QUICK, Decoder, divergence, prepared
 
-SHARDED = replace(QUICK, batches_per_step=2, epochs=6, gradient_checkpointing=True, gradient_memory=1 << 20)
+SHARDED = replace(QUICK, batches_per_step=2, epochs=4, gradient_checkpointing=True, gradient_memory=1 << 20)
 STEPS = replace(SHARDED, code_fraction=0.0)
 
 
@@ -123,7 +123,7 @@ def half_precision(rank: int, folder: Path) -> None:
     dense.head.load_state_dict(model.head.state_dict())
     model = sharded(model.bfloat16(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     norm = model.blocks[0].norm.weight.full_tensor().clone()
-    settings = replace(STEPS, dense="all", lr=2e-3)
+    settings = replace(STEPS, dense="all", lr=2e-3, epochs=6)
     report = tune_pv(model, dense, data, config=settings, group=everyone())
     assert report.loss_after < 0.8 * report.loss_before
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
