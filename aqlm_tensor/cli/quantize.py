@@ -33,7 +33,7 @@ from aqlm_tensor.cli.progress import (
 )
 from aqlm_tensor.cli.report import error_table
 from aqlm_tensor.cli.saved_report import REPORT_NAME, write_report
-from aqlm_tensor.cli.tune import check_shard, check_tune, tune_with_bar, write_tuning_report
+from aqlm_tensor.cli.tune import check_model, check_tune, tune_with_bar, write_tuning_report
 from aqlm_tensor.hf_model import ModelSource, find_model, save_model
 from aqlm_tensor.pv.report import PVReport
 from aqlm_tensor.ranks import Ranks
@@ -106,7 +106,7 @@ def run(options: Options) -> None:
     options, ranks = replace(options, device=device), Ranks(group)
     # block by block, one block at a time goes to the device
     model, tokenizer = open_model(plan.source, None, options.dtype, "cpu" if options.by_block else device)
-    check_shard(options.shard, options.tune, model, ranks)
+    check_model(model, plan.config, options.tune, options.shard, ranks)
     layers = _check_space(model, plan.config, options.out, options.bits)
     text = None if plan.eval_text is None or ranks.rank > 0 else text_tokens(tokenizer, plan.eval_text, 2, "2")
     evaluated = Evaluation(model, text, options.eval_seqlen, options.eval_every, device)

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_tensor import PVConfig, tune_pv
+from aqlm_tensor import AQLMWeightConfig, PVConfig, tune_pv
 from aqlm_tensor.blocks import find_blocks, linears_of
+from aqlm_tensor.calibration.experts import find_stacks
 from aqlm_tensor.cli.arguments import open_model
-from aqlm_tensor.cli.output import UsageError, bar
+from aqlm_tensor.cli.output import UsageError, bar, usage
 from aqlm_tensor.cli.progress import tuning
 from aqlm_tensor.hf_model import ModelSource
 from aqlm_tensor.pv.report import PVReport, PVRound
 from aqlm_tensor.pv.sharded import gather_into, sharded_copy
 from aqlm_tensor.ranks import Ranks
 
-__all__ = ["TUNING_REPORT_NAME", "check_shard", "check_tune", "tune_with_bar", "write_tuning_report"]
+__all__ = ["TUNING_REPORT_NAME", "check_model", "check_tune", "tune_with_bar", "write_tuning_report"]
 
 TUNING_REPORT_NAME = "tuning_report.json"
 _GRADIENT_MEMORY = 4 << 30  # of each process, for choosing codes of a sharded model
@@ -40,12 +41,16 @@ def check_tune(tune: str | None, windows: int) -> None:
         )
 
 
-def check_shard(shard: bool, tune: str | None, model: Any, ranks: Ranks) -> None:
-    """Refuse `--shard` where models cannot be divided.
+def check_model(model: Any, config: AQLMWeightConfig, tune: str | None, shard: bool, ranks: Ranks) -> None:
+    """Refuse, before anything is quantized, to tune what cannot be tuned, and to divide what cannot be divided.
 
     Raises:
         UsageError: naming what stands in the way.
     """
+    with usage():
+        stacks = [] if tune is None else find_stacks(model, config, list(find_blocks(model)))[0]
+    if stacks:
+        raise UsageError(f"--tune cannot tune stacks of experts, such as {stacks[0].fqn}: leave it out")
     if not shard:
         return
     if tune is None or ranks.size == 1:

@@ -17,6 +17,7 @@ from aqlm_tensor.blocks import sample_windows
 from aqlm_tensor.checkpoint import inspect
 from aqlm_tensor.cli.app import app
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
+from tests.calibration.test_experts import mixtral
 from tests.tiny_llama import TEXT, write_dense
 
 
@@ -70,3 +71,15 @@ def test_what_cannot_be_tuned_is_refused_first(options: list[str], message: str,
     done = CliRunner().invoke(app, ["quantize", str(dense), str(tmp_path / "out"), *options])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+def test_stacks_of_experts_are_refused_first(tmp_path: Path) -> None:
+    dense = write_dense(tmp_path / "dense")
+    mixtral().save_pretrained(dense)
+    options = ["--scheme", "1x4g4", "--data", "generated", "--tune", "pv"]
+    done = CliRunner().invoke(app, ["quantize", str(dense), str(tmp_path / "out"), *options])
+    assert done.exit_code == 2
+    assert "cannot tune stacks of experts, such as model.layers.0.mlp.experts.gate_up_proj" in " ".join(
+        done.output.split()
+    )
+    assert not (tmp_path / "out.work").exists()
