@@ -187,6 +187,8 @@ class BlockRun:
                 weights.append(weight)
                 self.layers.append(report)
                 self._tell(report)
+        if observer is not None:
+            del observer.seen[stack.fqn]
         stacked = torch.stack(weights)
         assert isinstance(stacked, AQLMTensor)
         stack.replace(stacked)

@@ -159,6 +159,11 @@ class ExpertObserver(TorchFunctionMode):
             for accumulator in accumulators:
                 accumulator.add_up(ranks)
 
+    def __exit__(self, *failure: Any) -> None:
+        """Stop watching, and let go of the weights: a stack that is replaced is to be freed."""
+        super().__exit__(*failure)
+        self._stacks.clear()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

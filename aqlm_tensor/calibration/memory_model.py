@@ -6,7 +6,7 @@ and 5.5 of the weight's size, and a codebook of 2^16 entries some more. These fa
 (layers of 4096x4096 to 8192x28672); the largest phase of blocks of a 7B shape took within 1 % of what is predicted
 here, the others within 3 %, but for fine-tuning, which took 12 % more.
 
-Of a stack of experts each one has an X^T X of its own, and all of these are there until the last expert of the block is
+Of a stack of experts each one has an X^T X of its own, and all of these are there until the last expert of the stack is
 solved. Several processes share the batches and the layers to be solved; each has the block and every X^T X that it
 added to, until it knows which layers are its own.
 """
@@ -220,20 +220,24 @@ class _BlockMemory:
             own = _sum(stack.weight.shape[2]) // 2 + max(error, *(_solver(part, self.scheme) for part in parts))
             most = max(most, left + of_experts + solved + max(own, solved))  # joined to a stack in the end
             left += solved - stack.weight.nbytes
+            of_experts -= _sum(stack.weight.shape[2]) * len(stack.weight)
         return most
 
     def _tuning(self) -> int:
         """While the block is fine-tuned."""
         layers, stacks = self.parts.layers, self.parts.stacks
         left = _nbytes(self.block) + sum(_stored(self.scheme, layer) - layer.weight.nbytes for layer in layers)
-        left += sum(_stored(self.scheme, part) for part in self.parts.experts())  # and decoded, as large as before
+        left += sum(_stored(self.scheme, part) for part in self.parts.experts())
+        left += sum(_FLOAT * stack.weight.numel() - stack.weight.nbytes for stack in stacks)  # decoded, in float32
         weights = sum(layer.weight.numel() for layer in layers)  # decoded, kept for the backward pass like the places
         scheme, largest = self.scheme, max(layer.weight.numel() for layer in layers)
         places = _PLACE * scheme.num_codebooks * weights // (scheme.in_group_size * scheme.out_group_size)  # of codes
         # kept for the backward pass
         features = sum(group[0].in_features for group in shared_inputs(self.block, layers)) + 4 * _width(self.block)
         features += sum(layer.out_features for layer in layers)
-        features += sum(sum(stack.weight.shape[1:]) * used_experts(stack) for stack in stacks)
+        for stack in stacks:
+            rows, inputs = stack.weight.shape[1:]
+            features += (2 * rows + inputs) * used_experts(stack)
         return left + _FLOAT * (weights + largest + self.batch_tokens * (features + 2 * self._widest())) + places
 
     def _widest(self) -> int:
