@@ -19,7 +19,7 @@ from aqlm_tensor.kernels import cuda_runtime
 from aqlm_tensor.kernels.cuda_tensor_map import SWIZZLE_128, tensor_map
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["Variant", "choose_variant", "cluster_work", "linear", "supports"]
+__all__ = ["Variant", "choose_variant", "cluster_work", "linear", "slower_than_next", "supports"]
 
 _SOURCE = "gather_gemm.cu"
 _PARAMS = struct.Struct("128s6Qq4i56x")
@@ -28,6 +28,7 @@ _ADD_THREADS = 256
 _CONSUMERS = 256
 _TILE_ROWS = 128
 _STAGE_INPUTS = 64
+_MOST_TOKENS = 1024  # beyond, each weight is gathered too often
 _BARRIER_BYTES = 24  # of a stage
 
 
@@ -52,6 +53,13 @@ def supports(problem: Problem) -> str | None:
     if problem.in_features % _STAGE_INPUTS:
         return f"needs a multiple of {_STAGE_INPUTS} inputs, not {problem.in_features}"
     return None
+
+
+def slower_than_next(problem: Problem) -> str | None:
+    """Why decoding the weight for cuBLAS is the better choice."""
+    if problem.rows <= _MOST_TOKENS:
+        return None
+    return f"slower than cuda_dequantize beyond {_MOST_TOKENS} rows of x"
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,22 @@ class Variant:
         )
 
 
-# By groups: the most tokens, and what was fastest up to that on one H100.
+# By inputs of a group: the most tokens, and the variant that was fastest up to that, on one H200.
 _VARIANTS = {
-    8: ((64, Variant(8, 1, 2, 8)), (math.inf, Variant(32, 2, 1, 4))),
-    16: ((64, Variant(8, 1, 2, 8)), (math.inf, Variant(32, 2, 1, 4))),
+    8: (
+        (32, Variant(4, 1, 2, 4, 8, 140 << 10)),
+        (64, Variant(8, 1, 2, 4, 8, 128 << 10)),
+        (128, Variant(16, 1, 2, 3, 8, 128 << 10)),
+        (256, Variant(32, 1, 2, 4)),
+        (math.inf, Variant(32, 2, 1, 4)),
+    ),
+    16: (
+        (32, Variant(4, 1, 2, 8, 4)),
+        (64, Variant(8, 1, 2, 8, 4)),
+        (128, Variant(16, 1, 2, 6)),
+        (256, Variant(32, 1, 2, 4)),
+        (math.inf, Variant(32, 2, 1, 4)),
+    ),
 }
 _WHOLE_TILES = 0.95  # of the clusters' time: no tile is divided if whole ones keep them busy for that much
 _LEAST_STAGES = 4  # of a cluster

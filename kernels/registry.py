@@ -155,8 +155,8 @@ def _cuda(name: str, option: str = "") -> Kernel:
 
 
 # Fastest first where several can run and nothing was measured; what needs an option, and was not measured therefore,
-# before the others it would replace. Up to four tokens of 2x8g8: partial sums, then lookup;
-# up to 64: lookup; beyond, the product with tiles of looked-up weights (Hopper) or decoding pieces for cuBLAS.
+# before the others it would replace. Up to four tokens of 2x8g8: partial sums, then lookup; up to 64: lookup; beyond,
+# the product with tiles of looked-up or gathered weights (Hopper) or decoding pieces for cuBLAS.
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
         "numba",
@@ -170,6 +170,7 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("cuda_lookup"),
     _cuda("cuda_sliced_codebook"),
     _cuda("cuda_lookup_gemm"),
+    _cuda("cuda_gather_gemm"),
     _cuda("cuda_float32"),
     _cuda("cuda_dequantize"),
     Kernel(
