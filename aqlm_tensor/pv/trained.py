@@ -19,7 +19,7 @@ from aqlm_tensor.pv.layers import TunedWeight
 from aqlm_tensor.pv.rows import Rows
 from aqlm_tensor.ranks import Ranks
 
-__all__ = ["Trained", "TrainedParameter"]
+__all__ = ["Trained", "TrainedParameter", "is_trained"]
 
 
 @dataclass(frozen=True, eq=False)
