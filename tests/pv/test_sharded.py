@@ -115,6 +115,17 @@ def killed_and_resumed(rank: int, folder: Path) -> None:
     assert all(torch.equal(part, theirs[name]) for name, part in whole(model).items())
 
 
+def only_the_teacher(rank: int, folder: Path) -> None:
+    """A student that fits, and an uneven number of batches to validate on."""
+    model, dense, data = on_device()
+    other = copy.deepcopy(model)
+    settings = replace(QUICK, batches_per_step=2, epochs=2)
+    whole_teacher = tune_pv(model, dense, data, config=settings, group=everyone())
+    sharded_teacher = tune_pv(other, sharded(dense), data, config=settings, group=everyone())
+    assert sharded_teacher.loss_after == pytest.approx(whole_teacher.loss_after, rel=1e-4)
+    assert sharded_teacher.loss_after < sharded_teacher.loss_before
+
+
 def half_precision(rank: int, folder: Path) -> None:
     """Dense parameters stay in bfloat16, and are trained in float32 nevertheless; some are of odd sizes."""
     model, dense, data = on_device()
@@ -179,6 +190,7 @@ CASES = (
     steps_are_those_of_one_process,
     codes_are_chosen_where_they_are,
     killed_and_resumed,
+    only_the_teacher,
     half_precision,
     prepared_by_accelerate,
     refusals,
