@@ -4,7 +4,7 @@ Each block tabulates the products of its inputs with every codebook entry for fo
 looks up 8 bytes per code where other kernels read whole entries; see `cuda/few_tokens.cu`. A second launch adds the
 partial sums in fixed order: 16 bytes for each output, four tokens and 64 codes, which is why small weights do not gain.
 Two tokens take as long as four; more are taken four by four, by several blocks of one launch as far as those run at
-once and by several launches beyond.
+once, two at least, and by several launches beyond.
 """
 
 import functools
@@ -64,7 +64,7 @@ def run(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tenso
     books = partitioned(codebooks)
     chunks = math.ceil(codes.shape[1] * codes.shape[2] / _CHUNK_BYTES)
     processors, _ = cuda_runtime.device_limits(x.device.index)
-    at_once = TILE_TOKENS * max(1, processors // (chunks * books.shape[0]))
+    at_once = TILE_TOKENS * max(2, processors // (chunks * books.shape[0]))
     if x.shape[0] <= at_once:
         _run_some(x, codes, books, scales, bias, out, processors)
         return

@@ -25,7 +25,7 @@ _SOURCE = "wide_sums.cu"
 _PARAMS = struct.Struct("4Qq4i")
 _THREADS = 512
 _CHUNK_BYTES = 32  # codes of a block from one row
-_ROWS_PER_BATCH = 64  # rows that a warp takes at once
+_ROWS_PER_BATCH = 32  # rows that a warp takes at once; with 64 2x12g8 takes 58.7 us instead of 55.6 (one H200)
 
 
 def shared_bytes(nbits: int) -> int:

@@ -16,7 +16,7 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kEntries = 1 << NBITS;
 constexpr int kTableBytes = kEntries * 32;
 constexpr int kMine = kEntries / 32 / kWarps;  // tiles of 32 entries of a warp
-constexpr int kUnits = 4;                      // of 16 rows, that a warp takes at once
+constexpr int kUnits = 2;                      // of 16 rows, that a warp takes at once
 
 struct WideSumsParams {
   const u16* x;          // [8 * groups]
