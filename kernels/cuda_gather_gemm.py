@@ -121,7 +121,7 @@ _VARIANTS = {
     16: (
         (32, Variant(4, 1, 2, 8, 4)),
         (64, Variant(8, 1, 2, 8, 4)),
-        (128, Variant(16, 1, 2, 6)),
+        (128, Variant(16, 1, 2, 6, 4)),
         (256, Variant(32, 1, 2, 4)),
         (math.inf, Variant(32, 2, 1, 4)),
     ),
