@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
+from aqlm_tensor.kernels.cuda_tensor_map import SWIZZLE_64, SWIZZLE_128, tensor_map
 
-__all__ = ["ROWS_PER_TILE", "Operands", "Shape", "finish", "launch"]
+__all__ = ["ROWS_PER_TILE", "Operands", "Shape", "finish", "launch", "operand_maps"]
 
 ROWS_PER_TILE = 16
 _PARAMS = struct.Struct("7Q2q8i")
@@ -18,6 +19,10 @@ _FINISH_PARAMS = struct.Struct("4Q2qi4x")
 _FINISH_THREADS = 256
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # as `cuda_runtime.prepared` returns them
+
+
+_X_BOX_INPUTS = 64
+_SWIZZLES = {64: SWIZZLE_64, 128: SWIZZLE_128}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,25 @@ class Shape:
     partitions: int
 
 
+def operand_maps(x: Tensor, codes: Tensor, token_tiles: int, row_tiles: int, code_bytes: int) -> bytes:
+    """Tensor maps of the codes and of x, for kernels that take both before their other parameters.
+
+    Args:
+        x: [tokens, in_features] of 16 bits an element, rows at multiples of 16 bytes, none of which overlap.
+        codes: [out_features, groups, K] of one byte each, rows of whole pieces of 16 bytes at multiples of 16 bytes.
+        token_tiles: a box of x has 8 times as many tokens, and 64 inputs.
+        row_tiles: a box of codes has 16 times as many rows.
+        code_bytes: of a row in a box of codes, 64 or 128.
+    """
+    row_bytes = codes.shape[1] * codes.shape[2]
+    code_stride = codes.stride(0) if codes.shape[0] > 1 else row_bytes
+    x_stride = x.stride(0) if x.shape[0] > 1 else x.shape[1]
+    code_box, x_box = (row_tiles * ROWS_PER_TILE, code_bytes), (8 * token_tiles, _X_BOX_INPUTS)
+    return tensor_map(
+        codes.data_ptr(), 1, (codes.shape[0], row_bytes), code_stride, code_box, _SWIZZLES[code_bytes]
+    ) + tensor_map(x.data_ptr(), 2, (x.shape[0], x.shape[1]), 2 * x_stride, x_box, SWIZZLE_128)
+
+
 def launch(
     kernel: cuda_runtime.Kernel,
     shape: Shape,
@@ -43,6 +67,7 @@ def launch(
     *,
     superblock: int,
     slots: int = 0,
+    maps: bytes = b"",
 ) -> None:
     """Write the product of operands into `out` [tokens, out_features] by a kernel that takes `LinearParams`.
 
@@ -57,7 +82,8 @@ def launch(
         out: contiguous.
         operands: x, codes, codebooks, scales and bias.
         superblock: groups that are multiplied together; splits are whole numbers of them.
-        slots: pieces of x that each part of a block keeps staged.
+        slots: pieces of x that each part of a block keeps staged, or as the kernel says.
+        maps: tensor maps, which precede the struct.
     """
     x, codes, codebooks, scales, bias = operands
     ranges, splits, _ = grid
@@ -80,7 +106,7 @@ def launch(
         *divmod(superblocks, splits),
         slots,
     )
-    kernel.launch(grid, threads, shared_bytes, _PARAMS.pack(*values), overlap=True)
+    kernel.launch(grid, threads, shared_bytes, maps + _PARAMS.pack(*values), overlap=True)
     if partial is not None:
         finish(partial, scales, bias, out)
 

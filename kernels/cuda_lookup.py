@@ -4,7 +4,8 @@ For schemes of one, two or four codebooks of up to 256 entries over groups of 8 
 two of up to 4096 where a block can have that much shared memory (2x12g8: A100, Hopper). The weight is never stored:
 one launch reads the codes once and is bound by the lookups (16 bytes of shared memory each) up to some 16 tokens, by
 reading x and the tensor cores at 64. `cuda/lookup_linear.cu` describes the kernel; its variant and launch shape are
-chosen here, by arithmetic on the shape and the device's properties alone.
+chosen here, by arithmetic on the shape and the device's properties alone. Hopper has two forms of its own, in
+`cuda_lookup_stream` and `cuda_lookup_hopper`.
 """
 
 import functools
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aqlm_tensor.kernels import cuda_lookup_hopper, cuda_runtime
+from aqlm_tensor.kernels import cuda_lookup_hopper, cuda_lookup_stream, cuda_runtime
 from aqlm_tensor.kernels.cuda_linear_launch import ROWS_PER_TILE, Operands, Shape, launch
 from aqlm_tensor.kernels.registry import Problem
 
@@ -33,6 +34,7 @@ __all__ = [
 
 MAX_TOKENS = 256
 _TOKENS_AT_ONCE, _FEWEST_TOKENS = 64, 8
+_PORTABLE_TOKENS = 16  # beyond, and for large weights, Hopper's own forms are faster
 _BYTE_BITS, _MAX_BITS = 8, 12
 _SOURCE = "lookup_linear.cu"
 _L2_BYTES_PER_CYCLE = 20  # of one multiprocessor while the codes stream in, measured on one H100
@@ -243,7 +245,11 @@ def _product(shape: Shape, out: Tensor, operands: Operands, at_once: int, proces
             some = slice(first, min(first + at_once, shape.tokens))
             part = replace(shape, tokens=some.stop - first)
             _product(part, out[some], (operands[0][some], *operands[1:]), at_once, processors, limit)
-    elif shape.nbits <= _BYTE_BITS and cuda_lookup_hopper.wins(shape) and cuda_lookup_hopper.runs(shape, operands[1]):
+        return
+    on_hopper = shape.nbits <= _BYTE_BITS and cuda_lookup_hopper.runs(operands[0], operands[1])
+    if on_hopper and cuda_lookup_stream.wins(shape):
+        cuda_lookup_stream.run_plan(shape, cuda_lookup_stream.choose_plan(shape, processors, limit), out, operands)
+    elif on_hopper and shape.tokens > _PORTABLE_TOKENS:
         cuda_lookup_hopper.run_plan(shape, cuda_lookup_hopper.choose_plan(shape, processors), out, operands)
     elif (plan := choose_plan(shape, processors, limit)) is not None:
         run_plan(shape, plan, out, operands)

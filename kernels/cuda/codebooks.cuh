@@ -105,23 +105,25 @@ __device__ __forceinline__ u32 divide_pair(u32 pair, float divisor) {
   return pack(to_float(static_cast<u16>(pair)) / divisor, to_float(static_cast<u16>(pair >> 16)) / divisor);
 }
 
-// Copy the codebooks [NUM_BOOKS, 2^NBITS, 8] from global to shared memory by the block's first THREADS threads, each entry
-// once per copy; lanes start at different columns so that the stores are free of bank conflicts too. Returns what the
-// products must be multiplied by. The caller ends with a barrier.
+// Store entry `i` of the codebooks to shared memory, once per copy, divided; lanes start at different columns so that the
+// stores are free of bank conflicts too.
+__device__ __forceinline__ void store_entry(u8* books, int i, uint4 value, float divisor) {
+  int book = i >> NBITS, entry = i & ((1 << NBITS) - 1);
+  if (divisor != 1.0f) {
+    value = make_uint4(divide_pair(value.x, divisor), divide_pair(value.y, divisor), divide_pair(value.z, divisor),
+                       divide_pair(value.w, divisor));
+  }
+  u8* to = books + book / 2 * kTableBytes + entry * kRowBytes + book % 2 * kHalfBytes;
+#pragma unroll
+  for (int c = 0; c < COPIES; ++c) *reinterpret_cast<uint4*>(to + (c + threadIdx.x) % COPIES * 16) = value;
+}
+
+// Copy the codebooks [NUM_BOOKS, 2^NBITS, 8] from global to shared memory by the block's first THREADS threads. Returns what
+// the products must be multiplied by. The caller ends with a barrier.
 template <int THREADS>
 __device__ __forceinline__ float fill_books(const uint4* from, u8* books, u32* scratch) {
   const float divisor = headroom<THREADS>(from, scratch);
 #pragma unroll 2
-  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += THREADS) {
-    int book = i >> NBITS, entry = i & ((1 << NBITS) - 1);
-    uint4 value = from[i];
-    if (divisor != 1.0f) {
-      value = make_uint4(divide_pair(value.x, divisor), divide_pair(value.y, divisor), divide_pair(value.z, divisor),
-                         divide_pair(value.w, divisor));
-    }
-    u8* to = books + book / 2 * kTableBytes + entry * kRowBytes + book % 2 * kHalfBytes;
-#pragma unroll
-    for (int c = 0; c < COPIES; ++c) *reinterpret_cast<uint4*>(to + (c + threadIdx.x) % COPIES * 16) = value;
-  }
+  for (int i = threadIdx.x; i < NUM_BOOKS << NBITS; i += THREADS) store_entry(books, i, from[i], divisor);
   return divisor;
 }
