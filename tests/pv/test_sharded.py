@@ -20,7 +20,8 @@ from tests.calibration.test_ranks import everyone
 from tests.integrations.test_data_parallel import forget_accelerate, fsdp2
 from tests.pv.models import QUICK, Decoder, divergence, prepared
 
-SHARDED = replace(QUICK, batches_per_step=2, epochs=4, gradient_checkpointing=True, gradient_memory=1 << 20)
+FLOAT32 = replace(QUICK, batches_per_step=2, precision="float32")
+SHARDED = replace(FLOAT32, epochs=4, gradient_checkpointing=True, gradient_memory=1 << 20)
 STEPS = replace(SHARDED, code_fraction=0.0)
 
 
@@ -83,7 +84,8 @@ def codes_are_chosen_where_they_are(rank: int, folder: Path) -> None:
     assert list(report.changed.values()) == pytest.approx(shares)
     assert max(shares) > 0
     assert max(one.changed for one in report.rounds) <= SHARDED.code_fraction
-    assert report.rounds[0].changed == expected.rounds[0].changed, "the same rows, as far as rounding goes"
+    row = 8 / 1024  # groups of a row, of all: rounding may turn a near tie
+    assert report.rounds[0].changed == pytest.approx(expected.rounds[0].changed, abs=row)
     assert report.loss_after == pytest.approx(expected.loss_after, rel=0.15)
     found: list[Any] = [None, None]
     dist.all_gather_object(found, (report.loss_after, report.changed))
@@ -119,7 +121,7 @@ def only_the_teacher(rank: int, folder: Path) -> None:
     """A student that fits, and an uneven number of batches to validate on."""
     model, dense, data = on_device()
     other = copy.deepcopy(model)
-    settings = replace(QUICK, batches_per_step=2, epochs=2)
+    settings = replace(FLOAT32, epochs=2)
     whole_teacher = tune_pv(model, dense, data, config=settings, group=everyone())
     sharded_teacher = tune_pv(other, sharded(dense), data, config=settings, group=everyone())
     assert sharded_teacher.loss_after == pytest.approx(whole_teacher.loss_after, rel=1e-4)
