@@ -3,9 +3,9 @@
 Such a codebook is larger than shared memory, and gathering its entries from L2 takes longer than reading a dense
 weight. Here every block keeps a slice of the codebook, four (or two) of an entry's numbers for a range of the entries,
 and reads all codes of its rows; the slices' sums are added in fixed order by another launch. The less shared memory a
-device has, the more slices there are. Up to 8 tokens that is faster than a dense product if the weight is large (1.2
-to 1.3 times for 8192 x 28672 on one H100), with 16 about as fast, with 64 half as fast. `cuda/sliced_codebook.cu`
-describes the kernel.
+device has, the more slices there are. Up to 16 tokens that is faster than a dense product if the weight is large (8192
+x 28672 on one H100: 1.3 times at one token). `cuda/sliced_codebook.cu` describes the kernel, which
+`aqlm_tensor.kernels.cuda_int8_codebook` runs with codebooks in 8-bit integers, too.
 """
 
 import functools
@@ -40,6 +40,7 @@ _PARAMS = struct.Struct("5Qq6i")
 _FRAGMENT_PARAMS = struct.Struct("2Qq3i4x")
 _FRAGMENT_THREADS = 256
 _GROUPS_PER_LANE = 8
+_BARRIER_BYTES = 16  # of a slot
 # Microseconds on one H100, fitted to four shapes: staging a superblock of x (and more for each warp that waits and each
 # byte), and adding the k warps' sums of one batch of tiles.
 _STAGING_COST, _STAGING_COST_PER_WARP, _STAGING_COST_PER_BYTE = 0.2, 0.0125, 1 / 110_000
@@ -66,28 +67,29 @@ class Variant:
     @property
     def superblock(self) -> int:
         """Groups that a warp takes at once."""
-        return 32 // self.tile_rows * _GROUPS_PER_LANE
+        return 8 * _GROUPS_PER_LANE
 
     def slot_bytes(self, tokens: int) -> int:
         """Shared memory of one superblock's activations."""
         rows = tokens if self.few_tokens else 8 * self.token_tiles
-        return rows * 4 * _GROUPS_PER_LANE * self.width // 8 * 16
+        return rows * self.tile_rows * _GROUPS_PER_LANE * self.width // 8 * 16
 
 
-# Up to 8, 16, 32 and 64 tokens. Fewer and wider lookups are better until x is read as often as the codebook. With 16
-# tokens 8 row warps took 189 us where 4 and 16 took 171 (8192 x 28672, one H100).
+# Up to 8, 16, 32 and 64 tokens. Fewer and wider lookups are better until x is read as often as the codebook. Of 16
+# tokens on one H200, 8192 x 28672: 143 us, with 8 row warps 148, with 3 row tiles 145, with 8 warps of 8 row tiles 135,
+# which for 28672 x 8192 take 149 instead of 136.
 VARIANTS = (
     Variant(8, 1, True, 16, 6, (2, 4, 8, 16)),
-    Variant(8, 1, False, 16, 6, (4, 16)),
-    Variant(4, 2, False, 8, 8, (4, 8)),
+    Variant(8, 1, False, 16, 4, (8, 16)),
+    Variant(4, 2, False, 8, 8, (8,)),
     Variant(4, 4, False, 8, 4, (8,)),
 )
 # The same for slices of two dimensions in 8-bit integers.
 INT8_VARIANTS = (
-    Variant(4, 1, True, 16, 6, (2, 4, 8, 16), int8=True),
-    Variant(4, 1, False, 16, 6, (4, 8, 16), int8=True),
-    Variant(4, 2, False, 16, 4, (4, 8, 16), int8=True),
-    Variant(4, 4, False, 8, 4, (8,), int8=True),
+    Variant(4, 1, True, 16, 6, (2, 4, 8), int8=True),
+    Variant(4, 1, False, 16, 4, (4, 8), int8=True),
+    Variant(4, 2, False, 16, 3, (8, 16), int8=True),
+    Variant(4, 4, False, 8, 5, (8,), int8=True),
 )
 
 
@@ -137,8 +139,6 @@ def _plan_with(
     """Overhead in microseconds and the plan, or None if it needs more shared memory than `limit`."""
     k_warps = variant.warps // row_warps
     superblocks = math.ceil(shape.groups / variant.superblock)
-    if k_warps > superblocks:
-        return None
     slices = shape.group * 2 // variant.width * entry_parts
     tiles = math.ceil(shape.rows / variant.tile_rows)
     ranges = min(tiles, max(1, processors // (slices * shape.partitions)))
@@ -147,7 +147,7 @@ def _plan_with(
     if k_warps > 1:
         fixed += k_warps * shape.tokens * (variant.tile_rows * row_warps + 4) * 4
     blocks = math.ceil(superblocks / k_warps)
-    slot = k_warps * variant.slot_bytes(shape.tokens)
+    slot = k_warps * (variant.slot_bytes(shape.tokens) + _BARRIER_BYTES)
     resident = fixed + blocks * slot <= limit
     slots = blocks if resident else 2
     if fixed + slots * slot > limit:
@@ -165,9 +165,11 @@ def choose_plan(shape: Shape, processors: int, limit: int, int8: bool = False) -
     """The plan for a shape of at least one group on a device with `limit` bytes of shared memory per block."""
     variants = INT8_VARIANTS if int8 else VARIANTS
     variant = next(v for v in variants if shape.tokens <= (8 if v.few_tokens else 16 * v.token_tiles))
+    superblocks = math.ceil(shape.groups / variant.superblock)
+    row_warps = [n for n in variant.row_warps if variant.warps // n <= superblocks] or [variant.warps]
     entry_parts = 1
     while True:  # ends: 64 KB hold the activations and a small part of the codebook
-        plans = [_plan_with(shape, variant, entry_parts, n, processors, limit) for n in variant.row_warps]
+        plans = [_plan_with(shape, variant, entry_parts, n, processors, limit) for n in row_warps]
         fitting = [plan for plan in plans if plan is not None]
         if fitting:
             return min(fitting, key=lambda plan: plan[0])[1]
