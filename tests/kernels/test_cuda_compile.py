@@ -37,8 +37,10 @@ def lookup_defines(tokens: int, arch: str, nbits: int) -> tuple[tuple[str, int],
     return cuda_lookup.variant_defines(shape, plan, torch.float16 if arch == "sm_75" else torch.bfloat16, tokens > 1)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("tokens", "nbits"), [(1, 8), (32, 8), (16, 10)])
+@pytest.mark.parametrize(
+    ("arch", "tokens", "nbits"),
+    [*itertools.product(ARCHITECTURES, (1, 32), (8,)), ("sm_75", 16, 10), ("sm_90a", 16, 12)],
+)
 def test_lookup_compiles(arch: str, tokens: int, nbits: int) -> None:
     code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch, nbits), arch)
     assert b"lookup_linear" in code
