@@ -5,8 +5,8 @@ The product of `aqlm_tensor.kernels.cuda_sliced_codebook` with the copy of the c
 With the copied entries the product is as exact as any other kernel's; what they miss of the stored ones is said there.
 Since it changes results, this kernel runs only where the option `int8_codebooks` is allowed, or forced by name.
 
-Of 8192x28672 in 1x16g8 on one H200: 90 us at 1 to 8 tokens, 101 at 16 and 151 at 64, where the stored codebook takes 125
-to 132, 143 and 250.
+Of 8192x28672 in 1x16g8 on one H200: 90 us at 1 to 8 tokens, 101 at 16 and 151 at 64, where the stored codebook takes
+125 to 132, 143 and 250.
 """
 
 import torch
