@@ -120,8 +120,6 @@ def test_fails_if_another_kernel_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     from aqlm_tensor.kernels import registry
 
     assert_kernel("torch", "linear", build(NORMAL))
-    monkeypatch.setattr(
-        registry, "_choose", lambda problem, forced: registry.Kernel("other", "aqlm_tensor.kernels.reference")
-    )
+    monkeypatch.setattr(registry, "_choose", lambda *_: registry.Kernel("other", "aqlm_tensor.kernels.reference"))
     with pytest.raises(AssertionError, match="torch was forced for linear, but .*other.* ran"):
         assert_kernel("torch", "linear", build(NORMAL))

@@ -30,7 +30,7 @@ from aqlm_tensor.quantizer.parallel import one_thread_per_operation
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
 from aqlm_tensor.ranks import Ranks
 
-__all__ = ["CURVATURE_PASSES", "FIRST_DAMPING", "LossModel", "Parts", "choose_codes"]
+__all__ = ["CURVATURE_PASSES", "FIRST_DAMPING", "LossModel", "Parts", "choose_codes", "next_choice"]
 
 FIRST_DAMPING = 64.0  # the power of gradients understates the curvature where the loss is small
 _TRIES = 4  # of one V step
@@ -172,6 +172,23 @@ def _threshold(choices: Sequence[_Choice], groups: float) -> float:
     order = gains.argsort(descending=True, stable=True)
     first_left_out = int((counts[order].cumsum(0) <= groups).sum())
     return max(0.0, float(gains[order[first_left_out]]) if first_left_out < len(order) else 0.0)
+
+
+def next_choice(changed: Sequence[float]) -> tuple[int, int]:
+    """Which round chooses codes next, and how many have.
+
+    A choice of codes takes longer than the steps of a round. After one that was undone, the next comes after twice as
+    many rounds as that one did.
+
+    Args:
+        changed: of each round so far, the share of groups with other codes afterwards.
+    """
+    due, wait, made = 0, 1, 0
+    for number, share in enumerate(changed):
+        if number == due:
+            wait = 1 if share else 2 * wait
+            due, made = number + wait, made + 1
+    return due, made
 
 
 @torch.no_grad()

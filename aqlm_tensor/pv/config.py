@@ -26,7 +26,7 @@ class PVConfig:
         batches_per_step: batches whose gradients are averaged for one step.
         steps_per_round: continuous steps between two choices of codes. Each round ends with a validation.
         code_fraction: share of all groups whose codes may change at the end of a round; 0 leaves all codes as they
-            are.
+            are, which is as good and faster with little text.
         trust_ratio: the codes chosen at the end of a round may change a layer by at most this part of its norm.
         dense: which dense parameters are trained along: "none", "vectors" (norms and biases, whatever has one
             dimension) or "all".

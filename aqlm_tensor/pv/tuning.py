@@ -3,8 +3,9 @@
 PV-tuning (Malinovskii et al. 2024, arXiv 2405.14852) alternates P steps, which train what is continuous (codebooks,
 scales, norms, biases) with the codes fixed, and V steps, which choose codes again for the few groups that the gradient
 of the dense weight asks to change most. Here a round is some P steps with Adam, a validation, and a V step with the
-gradient that the round's P steps had for the dense weights anyway. The best state on batches held out is kept, rounded
-to the dtype that is stored, the untuned one included: tuning never ends worse on them.
+gradient that the round's P steps had for the dense weights anyway; after one that was undone, twice as many rounds go
+without. The best state on batches held out is kept, rounded to the dtype that is stored, the untuned one included:
+tuning never ends worse on them.
 
 Memory beyond the model, in bytes: 12 for each trained parameter (value, two moments) and 4 for a copy of the best one;
 the codes three times; for each weight matrix [O, I] whose codes the next V step chooses 4 (O I + I I), which
@@ -12,8 +13,8 @@ the codes three times; for each weight matrix [O, I] whose codes the next V step
 checkpointing each layer's decoded weight is one of those, and the places of each code are kept, 8 bytes for each.
 
 What it costs: about three forward passes of the dense model a batch, one more for a teacher, and the decoding. On one
-GPU passes are replayed as CUDA graphs: SmolLM2-135M, 4096 tokens a step, takes about 0.1 s a step on one H100, and some
-seconds for each choice of codes.
+GPU passes are replayed as CUDA graphs: SmolLM2-135M, 4096 tokens a step, takes about 0.07 s a step on one H100, and
+some seconds for each choice of codes.
 
 A model that outgrows one GPU is sharded by FSDP2 before (`aqlm_tensor.pv.sharded`); the teacher, too, if need be.
 """
@@ -37,7 +38,7 @@ from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.work_folder import fingerprint
 from aqlm_tensor.pv.adam import RelativeAdam
 from aqlm_tensor.pv.checks import check_arguments
-from aqlm_tensor.pv.codes import FIRST_DAMPING, choose_codes
+from aqlm_tensor.pv.codes import FIRST_DAMPING, choose_codes, next_choice
 from aqlm_tensor.pv.config import PVConfig
 from aqlm_tensor.pv.layers import TunedWeight, in_turns, tuned_weights
 from aqlm_tensor.pv.loss import Teacher
@@ -180,6 +181,7 @@ class _Run:
     stale: int = 0
     damping: float = FIRST_DAMPING
     seconds: float = 0.0
+    watched: bool = False  # weights in the round before
 
     def __post_init__(self) -> None:
         self.trained = Trained(self.model, self.weights, self.dtypes, self.config)
@@ -233,11 +235,14 @@ class _Run:
         start = time.perf_counter()
         number = len(self.rounds)
         end = min(self.step + self.config.steps_per_round, self.steps)
-        turn = self.turns[number % len(self.turns)] if self.config.code_fraction and end < self.steps else []
+        due, made = next_choice([entry.changed for entry in self.rounds])
+        choosing = self.config.code_fraction and end < self.steps and number == due
+        turn = self.turns[made % len(self.turns)] if choosing else []
         for weight in turn:
             weight.watch()
-        if self.passes.replayed is not None and self.config.code_fraction:
-            self.passes.replayed.restart()  # other weights are watched now, and other codes were chosen
+        if self.passes.replayed is not None and (turn or self.watched):
+            self.passes.replayed.restart()  # other weights are watched now, and other codes may have been chosen
+        self.watched = bool(turn)
         losses = [self._train(step) for step in range(self.step, end)]
         training = float(torch.stack(losses).mean())
         validation = self._validate()

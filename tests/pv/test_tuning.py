@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aqlm_tensor import AQLMTensor, PVConfig, quantize_, tune_pv
 from aqlm_tensor.linear import set_quantized
+from aqlm_tensor.pv.codes import next_choice
 from aqlm_tensor.pv.report import PVRound
 from tests.calibration.test_calibrate import assert_same
 from tests.models import TiedLM, config
@@ -53,6 +54,21 @@ def test_the_choice_of_codes_alone_mends_wrong_ones_and_more() -> None:
     assert report.loss_after < 0.5 * fine
     assert report.changed["blocks.0.down"] > 0.3
     assert all(share.changed <= standstill.code_fraction for share in report.rounds)
+
+
+@pytest.mark.parametrize(
+    ("changed", "due", "made"),
+    [
+        ([], 0, 0),
+        ([0.1, 0.2], 2, 2),
+        ([0.0], 2, 1),
+        ([0.0, 0.0, 0.0], 6, 2),
+        ([0.0, 0.0, 0.1], 3, 2),
+        ([0.1, 0.0, 0.0], 3, 2),
+    ],
+)
+def test_after_a_choice_that_was_undone_rounds_go_without(changed: list[float], due: int, made: int) -> None:
+    assert next_choice(changed) == (due, made)
 
 
 @pytest.mark.parametrize("trust_ratio", [0.02, 1e-6])
