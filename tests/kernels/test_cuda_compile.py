@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,21 +38,32 @@ def lookup_defines(tokens: int, arch: str, nbits: int) -> tuple[tuple[str, int],
     return cuda_lookup.variant_defines(shape, plan, torch.float16 if arch == "sm_75" else torch.bfloat16, tokens > 1)
 
 
+def each_first_elsewhere_in_full(*variants: tuple[Any, ...]) -> list[Any]:
+    """Each variant for each architecture; all but the first only for the oldest and Hopper outside `make test-full`."""
+    quick = {(arch, *variant) for arch in ("sm_75", "sm_90a") for variant in variants}
+    quick |= {(arch, *variants[0]) for arch in ARCHITECTURES}
+    return [
+        pytest.param(*case, marks=() if case in quick else pytest.mark.full)
+        for case in ((arch, *variant) for arch, variant in itertools.product(ARCHITECTURES, variants))
+    ]
+
+
 @pytest.mark.parametrize(
     ("arch", "tokens", "nbits"),
-    [*itertools.product(ARCHITECTURES, (1, 32), (8,)), ("sm_75", 16, 10), ("sm_90a", 16, 12)],
+    [*each_first_elsewhere_in_full((32, 8), (1, 8)), ("sm_75", 16, 10), ("sm_90a", 16, 12)],
 )
 def test_lookup_compiles(arch: str, tokens: int, nbits: int) -> None:
     code = cuda_runtime.compile_source("lookup_linear.cu", lookup_defines(tokens, arch, nbits), arch)
     assert b"lookup_linear" in code
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("tokens", "group", "aligned", "int8"),
-    [(1, 8, True, False), (16, 16, False, False), (64, 8, True, False), (1, 8, True, True), (64, 16, False, True)],
+    ("arch", "tokens", "group", "aligned", "int8"),
+    each_first_elsewhere_in_full(
+        (64, 8, True, False), (1, 8, True, False), (16, 16, False, False), (1, 8, True, True), (64, 16, False, True)
+    ),
 )
-def test_sliced_codebook_compiles(tokens: int, group: int, aligned: bool, int8: bool, arch: str) -> None:
+def test_sliced_codebook_compiles(arch: str, tokens: int, group: int, aligned: bool, int8: bool) -> None:
     shape = cuda_sliced_codebook.Shape(16, group, tokens, 4096, 4096 // group, 1)
     plan = cuda_sliced_codebook.choose_plan(shape, 40, shared_limit(arch), int8)
     dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
