@@ -96,7 +96,7 @@ def generate_windows(
         raise ValueError(f"nsamples must be at least 1 and seqlen at least 2, got {nsamples} and {seqlen}")
     turns = None if getattr(tokenizer, "chat_template", None) is None else _turns(tokenizer)
     chats = 0 if turns is None else round(config.conversations * nsamples)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     training = model.training
     model.eval()
     done: list[Tensor] = []
@@ -178,18 +178,18 @@ class _Writer:
 
     def __init__(self, model: nn.Module, config: GeneratedData, generator: torch.Generator) -> None:
         self.model, self.config, self.generator = model, config, generator
-        self.device = next(model.parameters()).device
+        self.device = generator.device
         self.transformers = hasattr(model, "generation_config")
-        self.ends = _end_tokens(model)
+        self.ends = _end_tokens(model).to(self.device)
         self.cache: Any = None
 
     def write(self, count: int, seqlen: int, on_column: Callable[[int], None]) -> Tensor:
         """The windows [count, seqlen]; `on_column` gets the number of columns so far."""
-        tokens = torch.zeros(count, seqlen, dtype=torch.int64)
+        tokens = torch.zeros(count, seqlen, dtype=torch.int64, device=self.device)
         vocabulary = self._next_logits(tokens[:, :1]).shape[1]
         self.cache = None
         tokens[:, 0] = self._random(count, vocabulary)
-        age = torch.zeros(count, dtype=torch.int64)  # tokens since the start of the text
+        age = torch.zeros(count, dtype=torch.int64, device=self.device)  # tokens since the start of the text
         for position in range(1, seqlen):
             logits = self._next_logits(tokens[:, :position])
             chosen = torch.where(age < self.config.greedy_tokens, logits.argmax(1), self._sample(logits))
@@ -197,35 +197,35 @@ class _Writer:
             tokens[:, position] = torch.where(ended, self._random(count, vocabulary), chosen)
             age = torch.where(ended, 0, age + 1)
             on_column(position + 1)
-        return tokens
+        return tokens.cpu()
 
     def converse(self, turns: _Turns, count: int, seqlen: int, on_column: Callable[[int], None]) -> Tensor:
         """Windows [count, seqlen] of conversations, one after another."""
-        tokens = torch.zeros(count, seqlen, dtype=torch.int64)
-        tokens[:, 0] = turns.before[0]
+        tokens = torch.full((count, seqlen), turns.before[0], device=self.device)
         rows = [_Conversation(turns, self.config, turns.before[1:]) for _ in range(count)]
         ends = set(self.ends.tolist())
         for position in range(1, seqlen):
             logits = self._next_logits(tokens[:, :position])
             pairs = zip(rows, self._sample(logits).tolist(), logits.argmax(1).tolist(), strict=True)
-            tokens[:, position] = torch.tensor([row.next(sample, best, ends) for row, sample, best in pairs])
+            chosen = [row.next(sample, best, ends) for row, sample, best in pairs]
+            tokens[:, position] = torch.tensor(chosen, device=self.device)
             on_column(position + 1)
-        return tokens
+        return tokens.cpu()
 
     def _random(self, count: int, vocabulary: int) -> Tensor:
-        return torch.randint(vocabulary, (count,), generator=self.generator)
+        return torch.randint(vocabulary, (count,), generator=self.generator, device=self.device)
 
     def _sample(self, logits: Tensor) -> Tensor:
         probabilities = torch.softmax(logits / self.config.temperature, 1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
     def _next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits [B, vocabulary], float32 on the CPU, of what follows tokens [B, n]."""
+        """Logits [B, vocabulary], float32, of what follows tokens [B, n]."""
         given = tokens if self.cache is None else tokens[:, -1:]
         options = {"past_key_values": self.cache, "use_cache": True} if self.transformers else {}
-        output = self.model(given.to(self.device), **options)
+        output = self.model(given, **options)
         self.cache = getattr(output, "past_key_values", None)
-        logits = getattr(output, "logits", output)[:, -1].float().cpu()
+        logits = getattr(output, "logits", output)[:, -1].float()
         if not bool(logits.isfinite().all()):
             raise ValueError(
                 "the model's logits are not finite, so it cannot write calibration data: it is damaged, or its dtype "

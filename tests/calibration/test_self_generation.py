@@ -46,6 +46,16 @@ def test_windows_are_seeded_and_leave_the_mode_of_the_model_alone() -> None:
     assert not torch.equal(torch.cat(one), torch.cat(generate_windows(model, 5, 20, config, seed=2)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_windows_are_seeded_on_a_gpu_and_come_back() -> None:
+    model, config = llama().cuda(), GeneratedData(batch_size=2)
+    one, again, other = (torch.cat(generate_windows(model, 5, 20, config, seed=seed)) for seed in (1, 1, 2))
+    assert one.device.type == "cpu"
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     generate_windows(Bigram(torch.zeros(VOCABULARY, VOCABULARY)), 2, 8)
