@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["ModelSource", "find_model", "load_model", "quiet", "save_model", "tokenize"]
+__all__ = ["MissingTokenizerError", "ModelSource", "find_model", "load_model", "quiet", "save_model", "tokenize"]
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+class MissingTokenizerError(ValueError):
+    """A folder holds a model without a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +110,28 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def load_model(source: ModelSource, *, dtype: Any = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load_model(
+    source: ModelSource, *, dtype: Any = "auto", device: str = "cpu", needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         source: from `find_model`.
         dtype: a torch dtype, or "auto": as stored, and float32 for GGUF.
         device: where to.
+        needs_tokenizer: whether a model without a tokenizer is refused.
 
     Returns:
-        (model in evaluation mode, tokenizer).
+        (model in evaluation mode, tokenizer or None).
 
     Raises:
+        MissingTokenizerError: before the model is loaded.
         ValueError: if files are missing or damaged, or do not fit the model.
         OSError: if a file cannot be read.
     """
     with quiet():
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         import aqlm_tensor.integrations.hf  # noqa: F401 - registers
 
@@ -129,16 +139,32 @@ def load_model(source: ModelSource, *, dtype: Any = "auto", device: str = "cpu")
         if source.gguf_file is not None:
             options["gguf_file"] = source.gguf_file
             dtype = torch.float32 if dtype == "auto" else dtype
+        tokenizer = _load_tokenizer(source, options)
+        if tokenizer is None and needs_tokenizer:
+            raise MissingTokenizerError(
+                f"{source.folder} holds no tokenizer, and text needs one: add its files (tokenizer.json, ...), or use "
+                "token ids (.npy, .pt)"
+            )
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
         if source.kind == "gguf":  # it was dequantized: the model is dense from here on
             del model.config.quantization_config
             model.hf_quantizer = None
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
         return model.to(device).eval(), tokenizer
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False) -> None:
-    """Write a quantized model with its tokenizer and generation config, all of it or nothing.
+def _load_tokenizer(source: ModelSource, options: dict[str, Any]) -> Any | None:
+    """A tokenizer, if there is one: for want of files Transformers makes some that know no words."""
+    from transformers import AutoTokenizer
+
+    if source.gguf_file is None and not any(list(source.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return tokenizer if len(words) > 1 else None  # T5's knows the space
+
+
+def save_model(model: Any, tokenizer: Any | None, folder: Path, *, force: bool = False) -> None:
+    """Write a quantized model with its tokenizer, if it has one, and generation config, all of it or nothing.
 
     Raises:
         FileExistsError: if the folder exists and may not be replaced.
@@ -155,7 +181,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, force: bool = False)
                 model.save_pretrained(temporary)  # which knows how checkpoints name the experts of a stack
         else:
             save(model, temporary, force=True)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         # save_pretrained would refuse settings that it finds doubtful, after all the work
         model.generation_config.to_json_file(temporary / "generation_config.json")
 

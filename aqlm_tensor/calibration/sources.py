@@ -32,7 +32,10 @@ __all__ = [
     "TextFile",
     "TokenFile",
     "calibration_data",
+    "needs_tokenizer",
     "parse_source",
+    "read_file",
+    "tokens_of",
     "windows_written",
 ]
 
@@ -136,22 +139,32 @@ def parse_source(text: str | Path) -> Source:
         return _parse_dataset(text)
     if not path.exists():
         raise FileNotFoundError(
-            f"calibration data {str(path)!r} does not exist: pass a text file, a .npy or .pt file of token ids, "
+            f"data {str(path)!r} does not exist: pass a text file, a .npy or .pt file of token ids, "
             f"{_DATASET}NAME, {_CONVERSATIONS!r}, or {_GENERATED!r}, or some of them joined by '+'"
         )
     if path.is_dir():
         raise ValueError(
-            f"calibration data {str(path)!r} is a folder and cannot be read as a text: write {_DATASET}{path} if it is "
-            "one of the library datasets"
+            f"data {str(path)!r} is a folder and cannot be read as a text: write {_DATASET}{path} if it is one of the "
+            "library datasets"
         )
+    return read_file(path)
+
+
+def read_file(path: Path) -> TextFile | TokenFile:
+    """Read a UTF-8 text, or a .npy or .pt file of token ids.
+
+    Raises:
+        ValueError: if the file does not hold what it should.
+        OSError: if it cannot be read.
+    """
     if path.suffix in _TOKEN_SUFFIXES:
         return TokenFile(path, _read_tokens(path))
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"calibration data {str(path)!r} is not UTF-8 text ({error}): convert it first") from None
+        raise ValueError(f"data {str(path)!r} is not UTF-8 text ({error}): convert it first") from None
     if not content.strip():
-        raise ValueError(f"calibration data {str(path)!r} is empty: pass a text with some thousand words")
+        raise ValueError(f"data {str(path)!r} is empty: pass a text with some thousand words")
     return TextFile(path, content)
 
 
@@ -194,7 +207,7 @@ def calibration_data(
         record: dict[str, Any] = {"kind": "tokens"}
         record |= {"file": str(source.path)} if isinstance(source, TokenFile) else {}
     elif isinstance(source, TextFile):
-        batches = sample_windows(tokenize(_needed("tokenizer", tokenizer, source), source.text), nsamples, seqlen)
+        batches = sample_windows(tokens_of(source, tokenizer), nsamples, seqlen)
         record = {"kind": "text", "file": str(source.path)}
     elif isinstance(source, DatasetText):
         tokens, rows = _dataset_tokens(source, _needed("tokenizer", tokenizer, source), nsamples * seqlen, seed)
@@ -215,6 +228,35 @@ def calibration_data(
         raise TypeError(f"calibration data cannot be made from a {type(source).__name__}: see calibration_data")
     _check_ids(batches, model)
     return CalibrationData(batches, record | _counts(batches))
+
+
+def tokens_of(source: TextFile | TokenFile, tokenizer: Any | None, model: nn.Module | None = None) -> Tensor:
+    """The token ids [n] of a file, int64 on the CPU, windows one after another.
+
+    Args:
+        source: from `read_file`.
+        tokenizer: of the model; needed for a text.
+        model: says which token ids exist, if it is given.
+
+    Raises:
+        ValueError: for a text without a tokenizer, what are no token ids, or ids that the model lacks.
+    """
+    if isinstance(source, TextFile):
+        found = tokenize(_needed("tokenizer", tokenizer, source), source.text)
+    else:
+        found = _checked_tokens(source.tokens).flatten()
+    if model is not None:
+        _check_ids([found], model)
+    return found
+
+
+def needs_tokenizer(source: Source) -> bool:
+    """Whether calibration data from a source cannot be had without a tokenizer."""
+    if isinstance(source, Mixture):
+        return any(map(needs_tokenizer, source.sources))
+    return isinstance(source, TextFile | DatasetText) or (
+        isinstance(source, GeneratedData) and source.conversations == 1
+    )
 
 
 def windows_written(source: Source, nsamples: int) -> int:
@@ -266,25 +308,27 @@ def _read_tokens(path: Path) -> Tensor:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (ValueError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"calibration data {str(path)!r} holds no array of token ids: {error}") from None
+        raise ValueError(f"data {str(path)!r} holds no array of token ids: {error}") from None
     if not isinstance(found, Tensor):
-        raise ValueError(f"calibration data {str(path)!r} holds a {type(found).__name__}, not one tensor of token ids")
+        raise ValueError(f"data {str(path)!r} holds a {type(found).__name__}, not one tensor of token ids")
     return found
 
 
 def _windows_of_tokens(source: TokenFile | Tensor | np.ndarray, nsamples: int, seqlen: int) -> list[Tensor]:
-    raw = source.tokens if isinstance(source, TokenFile) else source
+    tokens = _checked_tokens(source.tokens if isinstance(source, TokenFile) else source)
+    return sample_windows(tokens, nsamples, seqlen) if tokens.dim() == 1 else list(tokens[:nsamples].split(1))
+
+
+def _checked_tokens(raw: Tensor | np.ndarray) -> Tensor:
+    """Token ids as int64 on the CPU."""
     tokens = torch.as_tensor(raw)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
         raise ValueError(
             f"token ids must be integers [n] or [windows, seqlen], got {tokens.dtype} of shape {tuple(tokens.shape)}"
         )
-    tokens = tokens.detach().cpu().to(torch.int64)
-    if tokens.dim() == 1:
-        return sample_windows(tokens, nsamples, seqlen)
     if tokens.numel() == 0:
         raise ValueError(f"there are no token ids in a tensor of shape {tuple(tokens.shape)}")
-    return list(tokens[:nsamples].split(1))
+    return tokens.detach().cpu().to(torch.int64)
 
 
 def _dataset_tokens(source: DatasetText, tokenizer: Any, wanted: int, seed: int) -> tuple[Tensor, int]:

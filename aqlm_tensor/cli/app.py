@@ -89,7 +89,8 @@ def quantize(
         str, typer.Option(help="Where inputs of blocks wait: device, cpu or disk. Saves memory, costs time.")
     ] = "device",
     eval_data: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text to measure perplexity on, before and after, for the report.")
+        Path | None,
+        typer.Option(help="A text, or token ids, to measure perplexity on, before and after, for the report."),
     ] = None,
     eval_seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window of that text.")] = 2048,
     eval_every: Annotated[int, typer.Option(min=0, help="Measure after every so many blocks, too.")] = 0,
@@ -183,7 +184,7 @@ def estimate(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A UTF-8 text to predict.")],
+    data: Annotated[Path, typer.Option(help="What to predict: a UTF-8 text, or a .npy or .pt file of token ids.")],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     gguf_file: GGUFFile = None,
     dtype: DenseDtype = "auto",

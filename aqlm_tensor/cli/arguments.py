@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from aqlm_tensor.calibration.sources import TextFile, TokenFile, read_file, tokens_of
 from aqlm_tensor.cli.output import UsageError, phase, usage
-from aqlm_tensor.hf_model import ModelSource, find_model, load_model, tokenize
+from aqlm_tensor.hf_model import MissingTokenizerError, ModelSource, find_model, load_model
 
-__all__ = ["open_model", "parse_device", "parse_dtype", "parse_rows", "read_text", "text_tokens"]
+__all__ = ["held_out", "held_out_tokens", "open_model", "parse_device", "parse_dtype", "parse_rows"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,33 +48,25 @@ def parse_rows(text: str) -> list[int]:
     return rows
 
 
-def read_text(path: Path, option: str = "--data") -> str:
-    """The text of a file that is not empty, which an option names."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{option} {str(path)!r} does not exist: pass a UTF-8 text file") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{option} {str(path)!r} is not UTF-8 text ({error}): convert it first") from None
-    except OSError as error:
-        raise UsageError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise UsageError(f"{option} {str(path)!r} is empty: pass a text with some thousand words")
-    return text
+def held_out(path: Path) -> TextFile | TokenFile:
+    """A text, or token ids, to measure perplexity on."""
+    with usage():
+        return read_file(path)
 
 
-def text_tokens(tokenizer: Any, text: str, at_least: int, what: str) -> torch.Tensor:
-    """The tokens [n] of a text that has at least so many."""
-    tokens = tokenize(tokenizer, text)
-    if len(tokens) < at_least:
-        raise UsageError(
-            f"--data has {len(tokens)} tokens, fewer than {what}: pass a longer text or a smaller --seqlen"
-        )
+def held_out_tokens(source: TextFile | TokenFile, tokenizer: Any | None, model: Any) -> torch.Tensor:
+    """Its tokens [n], at least 2."""
+    with usage():
+        tokens = tokens_of(source, tokenizer, model)
+    if len(tokens) < 2:
+        raise UsageError(f"{str(source.path)!r} has {len(tokens)} tokens, of which none can be predicted: pass more")
     return tokens
 
 
-def open_model(source: ModelSource | str, gguf_file: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer), loaded after the cheap checks."""
+def open_model(
+    source: ModelSource | str, gguf_file: str | None, dtype: str, device: str, *, needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
+    """(model, tokenizer), loaded after the cheap checks; without need the tokenizer may be None."""
     if isinstance(source, str):
         with usage():
             source = find_model(source, gguf_file)
@@ -83,5 +76,8 @@ def open_model(source: ModelSource | str, gguf_file: str | None, dtype: str, dev
             f"--dtype {dtype!r} is for dense models: {source} is an AQLM model and keeps its own; leave it out"
         )
     target = str(parse_device(device))
-    with phase(f"loading {source}"):
-        return load_model(source, dtype=chosen, device=target)
+    try:
+        with phase(f"loading {source}"):
+            return load_model(source, dtype=chosen, device=target, needs_tokenizer=needs_tokenizer)
+    except MissingTokenizerError as error:
+        raise UsageError(str(error)) from None

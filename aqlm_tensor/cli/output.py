@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -24,6 +25,7 @@ from rich.text import Text
 __all__ = ["UsageError", "bar", "emit", "failures", "note", "phase", "print_json", "settings", "usage"]
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_AFTER_FIRST = 10.0  # of processes, in which torchrun sees that it is gone
 _FAILURES = (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError, NotImplementedError, ImportError)
 
 
@@ -64,14 +66,17 @@ def failures() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         stderr.print("[red]interrupted:[/] no output was written")
-        _remarks(error)
+        for remark in _remarks(error):
+            note(remark, style="yellow")
         raise typer.Exit(130) from None
     except _FAILURES as error:
+        _tell_torchrun(error)
         stderr.quiet = False  # of several processes this may be the only one that knows
         if settings.debug:
             traceback.print_exc()
         stderr.print(Text("error: ", style="bold red").append(_message(error), style="red"))
-        _remarks(error)
+        for remark in _remarks(error):
+            note(remark, style="yellow")
         if isinstance(error, UsageError):
             raise typer.Exit(2) from None
         if not settings.debug:
@@ -79,10 +84,26 @@ def failures() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _remarks(error: BaseException) -> None:
+def _tell_torchrun(error: BaseException) -> None:
+    """Let torchrun, if it started this process, end with what went wrong instead of with how to find that out.
+
+    It ends the other processes when one is gone. So that what all of them would say is said once, the first one goes
+    first.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    message = "\n".join([_message(error), *_remarks(error)])
+    content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}  # torchrun's form
+    with contextlib.suppress(OSError):  # the disk may be full
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_SECONDS_AFTER_FIRST)
+
+
+def _remarks(error: BaseException) -> list[str]:
     """What was added to an error on its way up: where it happened, and what to do."""
-    for remark in getattr(error, "__notes__", []):
-        note(remark, style="yellow")
+    return getattr(error, "__notes__", [])
 
 
 def _message(error: BaseException) -> str:

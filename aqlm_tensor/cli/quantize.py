@@ -18,9 +18,9 @@ import torch.distributed as dist
 from aqlm_tensor import AQLMWeightConfig, CalibrationReport, QuantizationReport
 from aqlm_tensor.blocks import find_blocks, in_blocks, linears_of
 from aqlm_tensor.calibration.activations import PLACES
-from aqlm_tensor.calibration.sources import Source, parse_source
+from aqlm_tensor.calibration.sources import Source, TextFile, TokenFile, needs_tokenizer, parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
-from aqlm_tensor.cli.arguments import open_model, parse_device, read_text, text_tokens
+from aqlm_tensor.cli.arguments import held_out, held_out_tokens, open_model, parse_device
 from aqlm_tensor.cli.evaluation import Evaluation
 from aqlm_tensor.cli.output import UsageError, emit, note, phase, print_json, stderr, stdout, usage
 from aqlm_tensor.cli.prepare import Kept, Prepared, Wanted, prepare
@@ -95,7 +95,12 @@ class _Plan:
     schemes: tuple[str, ...]
     origin: Source | None
     source: ModelSource
-    eval_text: str | None
+    held_out: TextFile | TokenFile | None
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether a text is to be read, or written."""
+        return isinstance(self.held_out, TextFile) or (self.origin is not None and needs_tokenizer(self.origin))
 
 
 def run(options: Options) -> None:
@@ -105,11 +110,16 @@ def run(options: Options) -> None:
     group, device = join_ranks(options.device, options.by_block)
     options, ranks = replace(options, device=device), Ranks(group)
     # block by block, one block at a time goes to the device
-    model, tokenizer = open_model(plan.source, None, options.dtype, "cpu" if options.by_block else device)
+    home = "cpu" if options.by_block else device
+    model, tokenizer = open_model(plan.source, None, options.dtype, home, needs_tokenizer=plan.needs_tokenizer)
+    if tokenizer is None:
+        note(f"{plan.source} holds no tokenizer, so {options.out} will not, either", style="yellow")
     check_model(model, plan.config, options.tune, options.shard, ranks)
     layers = _check_space(model, plan.config, options.out, options.bits)
-    text = None if plan.eval_text is None or ranks.rank > 0 else text_tokens(tokenizer, plan.eval_text, 2, "2")
-    evaluated = Evaluation(model, text, options.eval_seqlen, options.eval_every, device)
+    measured = None
+    if plan.held_out is not None and ranks.rank == 0:
+        measured = held_out_tokens(plan.held_out, tokenizer, model)
+    evaluated = Evaluation(model, measured, options.eval_seqlen, options.eval_every, device)
     kept = None if options.work is None else Kept(options.work)
     prepared = _prepare(options, plan, model, tokenizer, ranks, kept)
     with _resumable(options.work):
@@ -145,7 +155,7 @@ def _plan(options: Options) -> _Plan:
             tuple(str(AQLMScheme.parse(one)) for one in options.schemes.split(",")),
             None if options.data is None else parse_source(options.data),
             find_model(options.model, options.gguf_file),
-            None if options.eval_data is None else read_text(options.eval_data, "--eval-data"),
+            None if options.eval_data is None else held_out(options.eval_data),
         )
         check_replaceable(options.out, force=options.force)
     if plan.source.kind == "aqlm":

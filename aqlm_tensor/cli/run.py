@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from aqlm_tensor import evaluate as measure
-from aqlm_tensor.cli.arguments import open_model, read_text, text_tokens
+from aqlm_tensor.calibration.sources import TextFile
+from aqlm_tensor.cli.arguments import held_out, held_out_tokens, open_model
 from aqlm_tensor.cli.output import UsageError, bar, emit, note, print_json
 
 __all__ = ["evaluate", "generate", "perplexity_with_bar"]
@@ -16,12 +17,12 @@ def evaluate(
     model_path: str, data: Path, seqlen: int, *, gguf_file: str | None, dtype: str, device: str, as_json: bool
 ) -> None:
     """Print the perplexity of a model on a text; see `aqlm-tensor eval --help`."""
-    text = read_text(data)
-    model, tokenizer = open_model(model_path, gguf_file, dtype, device)
+    source = held_out(data)
+    model, tokenizer = open_model(model_path, gguf_file, dtype, device, needs_tokenizer=isinstance(source, TextFile))
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and seqlen > longest:
         raise UsageError(f"--seqlen {seqlen} is longer than the model's context: choose 2 to {longest}")
-    tokens = text_tokens(tokenizer, text, 2, "2")
+    tokens = held_out_tokens(source, tokenizer, model)
     result = perplexity_with_bar(model, tokens, seqlen)
     if as_json:
         print_json({"model": model_path, "data": str(data), "seqlen": seqlen, **asdict(result)})

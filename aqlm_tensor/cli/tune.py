@@ -93,7 +93,7 @@ def tune_with_bar(
     config = PVConfig(batches_per_step=-(-wanted // processes) * processes)
     if shard:
         config = replace(config, gradient_checkpointing=True, gradient_memory=_GRADIENT_MEMORY)
-    teacher, _ = open_model(source, None, dtype, "cpu" if shard else device)
+    teacher, _ = open_model(source, None, dtype, "cpu" if shard else device, needs_tokenizer=False)
     tuned, teacher = (sharded_copy(one, torch.device(device)) if shard else one.to(device) for one in (model, teacher))
     folder = work / "tuning"
     with bar("tuning", config.steps(len(windows)), "steps") as shown:

@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from aqlm_tensor import AQLMTensor, CalibrationReport, handler
 from aqlm_tensor.cli import output
 from aqlm_tensor.cli import quantize as quantize_command
 from aqlm_tensor.evaluate import perplexity
-from aqlm_tensor.hf_model import find_model, load_model, tokenize
+from aqlm_tensor.hf_model import MissingTokenizerError, find_model, load_model, tokenize
 from tests.cli.commands import QUICK, run
 from tests.tiny_llama import TEXT
 
@@ -99,6 +101,54 @@ def test_perplexity_on_the_way_is_in_the_report_and_its_plot(folder: Path, tmp_p
 def test_a_process_that_is_quiet_tells_its_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output.stderr, "quiet", True)
     assert "is no report that can be read" in run("report", folder / "dense").stderr
+
+
+def test_torchrun_is_told_what_went_wrong(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(output.time, "sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        run("report", folder / "dense")
+        told = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json")).message
+        assert isinstance(told, dict)
+        assert "is no report that can be read" in told["message"]
+        assert len(waited) == int(rank), "the first process speaks first"
+
+
+def test_without_a_tokenizer_token_ids_suffice(folder: Path, tmp_path: Path) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    shutil.copytree(folder / "dense", dense, ignore=shutil.ignore_patterns("tokenizer*"))
+    np.save(tmp_path / "ids.npy", tokenize(load_model(find_model(folder / "dense"))[1], TEXT).numpy())
+    quantize = ("quantize", dense, out, *QUICK, "--data")
+    for text in (folder / "text.txt", "conversations"):
+        refused = run(*quantize, text)
+        assert refused.exit_code == 2, refused.output
+        assert "holds no tokenizer" in refused.stderr
+        assert "loading" not in refused.stderr
+    done = run(*quantize, tmp_path / "ids.npy", "--eval-data", tmp_path / "ids.npy", "--eval-seqlen", "50")
+    assert done.exit_code == 0, done.output
+    assert "so out will not, either" in done.stderr.replace(f"{tmp_path}/", "")
+    name = "model.safetensors"
+    assert (out / name).read_bytes() == (folder / "quantized" / name).read_bytes()
+    assert not list(out.glob("tokenizer*"))
+    seqlen = ("--seqlen", "50", "--json")
+    measured = [run("eval", out, "--data", tmp_path / "ids.npy", *seqlen)]
+    measured.append(run("eval", folder / "quantized", "--data", folder / "text.txt", *seqlen))
+    assert [one.exit_code for one in measured] == [0, 0], measured[0].output
+    values = {json.loads(one.stdout)["perplexity"] for one in measured}
+    assert len(values) == 1
+    assert f"{values.pop():.2f} calibrated" in done.stdout
+    assert run("generate", out, "--prompt", "the cat").exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
+def test_a_tokenizer_that_knows_no_words_is_none(kind: str, tmp_path: Path) -> None:
+    """Transformers makes such ones of a bare config, and they read every text as unknown words, or as nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MissingTokenizerError, match="holds no tokenizer, and text needs one"):
+        load_model(find_model(tmp_path))
 
 
 def test_no_report_is_told_in_a_line(folder: Path) -> None:
