@@ -158,7 +158,7 @@ def _candidates(
         if isinstance(config, FqnToConfig):
             layer_config, named = _config_for(fqn, config, isinstance(module, nn.Linear))
         elif filter_fn is not None:
-            layer_config, named = config if filter_fn(module, fqn) else None, True
+            layer_config, named = config if _may_be_meant(module) and filter_fn(module, fqn) else None, True
         else:
             layer_config, named = config if _is_default(module, config) else None, False
         if not isinstance(layer_config, AQLMWeightConfig):
@@ -175,6 +175,14 @@ def _is_default(module: nn.Module, config: AQLMWeightConfig) -> bool:
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return config.step != "convert" or isinstance(module.weight, AQLMTensor) or observer_of(module) is not None
+
+
+def _may_be_meant(module: nn.Module) -> bool:
+    """Whether a filter that accepts a module means itself; "mlp" is also in the name of what holds the layers.
+
+    A container, norm or activation has no matrix to quantize; a Conv1D has one, and is not passed over in silence.
+    """
+    return isinstance(module, nn.Linear) or any(part.dim() > 1 for part in module.parameters(recurse=False))
 
 
 def _config_for(fqn: str, config: FqnToConfig, is_linear: bool) -> tuple[AOBaseConfig | None, bool]:

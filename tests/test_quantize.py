@@ -64,6 +64,12 @@ def test_filter_fn_gets_module_and_name() -> None:
     assert not isinstance(model[2].weight, AQLMTensor)
 
 
+def test_a_filter_by_name_passes_over_what_holds_the_layers() -> None:
+    model = nn.ModuleDict({"block": nn.Sequential(mlp(), nn.LayerNorm(64)), "other": mlp()})
+    report = quantize_(model, config(), lambda module, fqn: "block" in fqn)
+    assert [layer.fqn for layer in report.layers] == ["block.0.0", "block.0.2", "block.0.4"]
+
+
 def test_same_seed_same_codes_other_seed_other_codes() -> None:
     models = [mlp() for _ in range(3)]
     for model in models[1:]:
