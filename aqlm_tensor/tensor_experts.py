@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aqlm_tensor.kernels import ops
 from aqlm_tensor.tensor import AQLMTensor
-from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
+from aqlm_tensor.tensor_ops import REMEDY, bind, seen_inside
 
 __all__ = ["grouped_mm"]
 
@@ -124,26 +124,11 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     return grouped_mm(x, weight, offsets)
 
 
-def _trains(w: Tensor) -> bool:
-    """Whether products with a weight bring gradients to its codebooks or scales."""
-    return isinstance(w, AQLMTensor) and w.dim() == 3 and (w.codebooks.requires_grad or w.scales.requires_grad)
-
-
 @implements_torch_function(Tensor.__getitem__)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     w, index = args
-    if _trains(w) and (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)):
-        # here and not as an aten op, which autograd would not see inside of
+    one = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
+    if one and isinstance(w, AQLMTensor) and w.codes.dim() == 4 and seen_inside(w):
         return AQLMTensor(*(part[index] for part in w.parts()), orientation=w.orientation)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
-
-
-@implements_torch_function([torch.transpose, Tensor.transpose, vars(torch._C.TensorBase)["mT"].__get__])
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    w = args[0]
-    last_two = len(args) == 1 or {dim % 3 for dim in args[1:]} == {1, 2}
-    if _trains(w) and last_two:
-        return transposed(w)
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)

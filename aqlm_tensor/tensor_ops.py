@@ -19,15 +19,16 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from aqlm_tensor.kernels import ops
+from aqlm_tensor.kernels.transforms import FUNCTIONS
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["REMEDY", "bind", "linear_of_parts", "transposed"]
+__all__ = ["REMEDY", "bind", "linear_of_parts", "seen_inside", "transposed"]
 
 aten = torch.ops.aten
 implements = AQLMTensor.implements
 implements_torch_function = AQLMTensor.implements_torch_function
 
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = (Tensor, nn.Parameter)
 _linear_implementation = ops.IMPLEMENTATIONS[ops.linear]
 
 REMEDY = "call `.dequantize()` first to work on the dense weight"
@@ -37,18 +38,11 @@ def _linear(x: Tensor, w: AQLMTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] times w [O, I] transposed, plus bias [O]; the op checks that they fit."""
     # the parts and not w: on a subclass every attribute, such as a shape, is a trip through __torch_function__
     codes, codebooks, scales = w.codes, w.codebooks, w.scales
-    if w.orientation == "matrix" and codes.dim() == 3 and _directly(x, codes, codebooks, scales, bias):
-        return _linear_implementation(x, codes, codebooks, scales, bias)
+    if w.orientation == "matrix" and codes.dim() == 3:
+        return linear_of_parts(x, codes, codebooks, scales, bias)
     if codes.dim() != 3 or w.orientation in ("row", "flat"):
         raise ValueError(f"linear needs a 2-D weight, got an AQLMTensor of shape {tuple(w.shape)}")
-    if isinstance(x, AQLMTensor):
-        raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is not None:  # forward-mode AD: the ops define only the backward, and would drop the tangent silently
-        y = forward_ad.make_dual(_linear(primal, w), _linear(tangent, w))
-        return y if bias is None else y + bias
-    if w.orientation == "matrix":
-        return _linear_by_op(x, codes, codebooks, scales, bias)
+    _refuse_unusual(x)
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     y = _call(ops.linear_input_grad, x, codes, codebooks, scales)
     if bias is None:
@@ -62,12 +56,19 @@ def linear_of_parts(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor,
     """F.linear with the weight that the three tensors stand for; see `aqlm_tensor.kernels.ops` for shapes."""
     if _directly(x, codes, codebooks, scales, bias):
         return _linear_implementation(x, codes, codebooks, scales, bias)
-    return _linear_by_op(x, codes, codebooks, scales, bias)
-
-
-def _linear_by_op(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    _refuse_unusual(x)
     x, codebooks, scales, bias = _autocast(x, codebooks, scales, bias)
     return _call(ops.linear, x, codes, codebooks, scales, bias)
+
+
+def _refuse_unusual(x: Tensor) -> None:
+    """Raise ValueError unless x is a dense tensor, whose values lie in memory as its strides say."""
+    if isinstance(x, AQLMTensor):
+        raise ValueError("the product of two AQLMTensors is not defined on codes: call `.dequantize()` on one of them")
+    if x.is_nested:
+        raise ValueError("x is a nested tensor: make it one with `layout=torch.jagged`, or multiply its `.values()`")
+    if x.layout is not torch.strided:
+        raise ValueError(f"x has the layout {x.layout}, but an AQLM weight multiplies dense tensors: `x.to_dense()`")
 
 
 def _autocast(
@@ -91,21 +92,29 @@ def _directly(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias:
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or _observed()
-        or x.is_meta
-        or type(x) not in _PLAIN
+        or not _ordinary(x)
         or type(codes) not in _PLAIN
         or type(codebooks) not in _PLAIN
         or type(scales) not in _PLAIN
-        or type(bias) not in _PLAIN
+        or not (bias is None or _ordinary(bias))
         or (torch.is_grad_enabled() and _any_requires_grad(x, codebooks, scales, bias))
     )
 
 
+def _ordinary(x: Tensor) -> bool:
+    """Whether x is what its memory holds: no other subclass, and nothing that the dispatcher would make real first."""
+    return type(x) in _PLAIN and not (x.is_meta or x.is_neg() or x.is_nested or x.layout is not torch.strided)
+
+
 def _call(op: OpOverload, *operands: Tensor | None) -> Tensor:
     """Call an op, without its autograd layer and without the dispatcher where those can be left out."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(*operands)):
+    if torch.compiler.is_compiling():
         return op(*operands)
-    if _observed() or any(type(x) not in _PLAIN or (x is not None and x.is_meta) for x in operands):
+    if forward_ad._current_level >= 0:
+        return FUNCTIONS[op].apply(*operands)  # pyright: ignore[reportReturnType] - torch does not say what it returns
+    if peek_interpreter_stack() is not None or (torch.is_grad_enabled() and _any_requires_grad(*operands)):
+        return op(*operands)
+    if _observed() or not all(operand is None or _ordinary(operand) for operand in operands):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*operands)
     return ops.IMPLEMENTATIONS[op](*operands)
@@ -167,21 +176,45 @@ def transposed(w: AQLMTensor) -> AQLMTensor:
     return AQLMTensor(*w.parts(), "matrix" if w.orientation == "transposed" else "transposed")
 
 
-def _operands(func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """The two factors of a product, by position or by name.
+def seen_inside(w: AQLMTensor) -> bool:
+    """Whether views of w must not be aten ops, which autograd and torch.func apply to it as a whole."""
+    return peek_interpreter_stack() is not None or w.codebooks.requires_grad or w.scales.requires_grad
+
+
+_REVERSED, _SWAPPED = (vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))
+
+
+@implements_torch_function([torch.t, Tensor.t, torch.transpose, Tensor.transpose, _REVERSED, _SWAPPED])
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    w, *dims = (*args, *kwargs.values())
+    if isinstance(w, AQLMTensor) and seen_inside(w):
+        order = w.codes.dim() - 1
+        if (not dims and (order == 2 or func == _SWAPPED)) or {dim % order for dim in dims} == {order - 2, order - 1}:
+            return transposed(w)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+_PLACES = {"input": 0, "other": 1, "mat1": 1, "mat": 1, "batch1": 1, "mat2": 2, "vec": 2, "batch2": 2}  # with a base
+
+
+def _operands(func: Callable, args: tuple, kwargs: dict, count: int) -> list[Tensor]:
+    """The base, if there are three, and the two factors of a product, by position or by name.
 
     Raises:
         ValueError: for options such as `out`, which must not be ignored.
     """
-    factors = dict(enumerate(args)) | {
-        {"input": 0, "other": 1, "mat2": 1, "vec": 1}.get(name, name): value for name, value in kwargs.items()
-    }
-    options = {name for name, value in factors.items() if name not in (0, 1) and value is not None}
-    if options or not {0, 1} <= factors.keys():
-        raise ValueError(f"{func.__name__} with an AQLMTensor takes two tensors and no options, got {kwargs.keys()}")
-    return factors[0], factors[1]
+    named = {min(_PLACES[name], count - 1): value for name, value in kwargs.items() if name in _PLACES}
+    operands = dict(enumerate(args)) | named
+    options = {name for name, value in kwargs.items() if name not in _PLACES and value is not None}
+    if options or len(operands) != count:
+        raise ValueError(
+            f"{func.__name__} with an AQLMTensor takes {count} tensors and no options, got {kwargs.keys()}"
+        )
+    return [operands[place] for place in range(count)]
 
 
+@implements(aten.linear.default)
 @implements_torch_function(F.linear)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     x, weight, bias = args if len(args) == 3 else bind(("input", "weight", "bias"), args, kwargs)
@@ -197,7 +230,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     [torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.mv, torch.Tensor.mv]
 )
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    return _matmul(*_operands(func, args, kwargs))
+    return _matmul(*_operands(func, args, kwargs, 2))
 
 
 @implements_torch_function(torch.Tensor.__rmatmul__)
@@ -207,13 +240,7 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
 
 @implements_torch_function([torch.bmm, torch.Tensor.bmm])
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    return _bmm(*_operands(func, args, kwargs))
-
-
-@implements(aten.linear.default)
-def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
-    return F.linear(x, weight, bias)
+    return _bmm(*_operands(func, args, kwargs, 2))
 
 
 @implements([aten.mm.default, aten.mv.default, aten.matmul.default])
@@ -227,12 +254,20 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 @implements([aten.addmm.default, aten.addmv.default, aten.baddbmm.default])
+@implements_torch_function(
+    [torch.addmm, Tensor.addmm, torch.addmv, Tensor.addmv, torch.baddbmm, Tensor.baddbmm]  # which vmap cannot see into
+)
 def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
-    base, a, b = args
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    others = {name: value for name, value in kwargs.items() if name not in ("beta", "alpha")}
+    base, a, b = _operands(func, args, others, 3)
     if beta == 1 and alpha == 1 and isinstance(b, AQLMTensor) and b.dim() == 2 and base.shape == b.shape[1:]:
         return _linear(a, transposed(b), base)
     product = _matmul(a, b)
+    if _autocast_enabled(product.device.type):
+        base = base.to(product.dtype)
+    if base.dtype != product.dtype:
+        raise ValueError(f"input is {base.dtype} but the product is {product.dtype}: cast one with `.to(...)`")
     if alpha != 1:
         product = product * alpha
     # as in torch, beta = 0 ignores the base, NaN included

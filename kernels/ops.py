@@ -21,6 +21,7 @@ from aqlm_tensor.kernels.registry import Op, Problem, implementation
 from aqlm_tensor.scheme import AQLMScheme
 
 __all__ = [
+    "BACKWARDS",
     "IMPLEMENTATIONS",
     "dequantize",
     "dequantize_param_grad",
@@ -232,9 +233,10 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, grad_books, grad_scales
 
 
-for _name, _backward in (
-    ("linear", _linear_backward),
-    ("linear_input_grad", _linear_input_grad_backward),
-    ("dequantize", _dequantize_backward),
-):
-    torch.library.register_autograd(f"aqlm_tensor::{_name}", cast("Any", _backward), setup_context=_save)
+BACKWARDS = {
+    linear: _linear_backward,
+    linear_input_grad: _linear_input_grad_backward,
+    dequantize: _dequantize_backward,
+}
+for _op, _backward in BACKWARDS.items():
+    torch.library.register_autograd(_op, cast("Any", _backward), setup_context=_save)

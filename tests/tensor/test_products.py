@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +34,8 @@ FORWARD: dict[str, tuple[Callable[[Tensor, AQLMTensor, Tensor], Tensor], bool]] 
     "Tensor.mm left": (lambda x, w, b: w.mm(mat2=x.t()).t(), False),
     "mv": (lambda x, w, b: _rows(x, w, lambda row: torch.mv(w, row)), False),
     "addmm": (lambda x, w, b: torch.addmm(b, x, w.t()), True),
+    "addmm by name": (lambda x, w, b: b.addmm(mat2=w.t(), mat1=x), True),
+    "aten.addmm": (lambda x, w, b: torch.ops.aten.addmm(b, x, w.t()), True),
     "addmm 2-D base": (lambda x, w, b: torch.addmm(b.expand(len(x), -1).contiguous(), x, w.t()), True),
     "addmm left": (lambda x, w, b: torch.addmm(b[:, None], w, x.t()).t(), True),
     "bmm": (lambda x, w, b: torch.bmm(x[None], w[None].mT)[0], False),
@@ -45,7 +46,16 @@ FORWARD: dict[str, tuple[Callable[[Tensor, AQLMTensor, Tensor], Tensor], bool]] 
 
 
 # the others add the bias to a product that was rounded already, as torch does for them
-ROUNDED_ONCE = ("F.linear bias", "F.linear by name", "F.linear 3-D", "F.linear one by one", "aten.linear", "addmm")
+ROUNDED_ONCE = (
+    "F.linear bias",
+    "F.linear by name",
+    "F.linear 3-D",
+    "F.linear one by one",
+    "aten.linear",
+    "addmm",
+    "addmm by name",
+    "aten.addmm",
+)
 
 
 def _rows(x: Tensor, w: AQLMTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -139,23 +149,6 @@ def test_second_derivative() -> None:
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-2)
 
 
-def test_forward_mode_derivative_is_not_lost() -> None:
-    w, x, v = random_weight(), torch.randn(3, 64), torch.randn(3, 64)
-    bias = torch.randn(32)
-    with forward_ad.dual_level():
-        y = F.linear(forward_ad.make_dual(x, v), w, bias)
-        primal, tangent = forward_ad.unpack_dual(y)
-    _close(primal, F.linear(x, w.dequantize(), bias))
-    assert tangent is not None
-    _close(tangent, v @ w.dequantize().t())
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
-def test_vmap_over_inputs() -> None:
-    w, x = random_weight(), torch.randn(5, 3, 64)
-    _close(torch.vmap(lambda one: F.linear(one, w))(x), F.linear(x, w))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_like_a_dense_linear(dtype: torch.dtype) -> None:
     w, x, bias = random_weight(), torch.randn(3, 64), torch.randn(32)
@@ -176,6 +169,41 @@ def test_inference_mode() -> None:
     _close(F.linear(x, made_inside), F.linear(x, w.dequantize()))
 
 
+def test_views_whose_values_are_not_in_memory() -> None:
+    w, bias = random_weight(), torch.randn(32)
+    dense = w.dequantize()
+    # what torch makes of the imaginary part of a conjugate, for example: the dispatcher resolves it, a kernel would not
+    for x in (X, torch._neg_view(X), torch.complex(X, X).conj().imag):
+        for b in (bias, torch._neg_view(bias)):
+            _close(F.linear(x, w, b), F.linear(x, dense, b))
+        _close(x[:, :32] @ w, x[:, :32] @ dense)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_jagged_tensors() -> None:
+    w, results = random_weight(), []
+    for weight in (w, w.dequantize()):
+        x = _nested(torch.jagged).requires_grad_()
+        y = F.linear(x, weight, torch.ones(32))
+        y.values().square().sum().backward()
+        assert x.grad is not None
+        results.append((y.values(), x.grad.values()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-2)
+
+
+def test_inside_functions_that_torch_overrides_as_a_whole() -> None:
+    """There linear arrives as an aten op: as itself in inference mode, else as what autograd makes of it."""
+    layer = nn.TransformerEncoderLayer(64, 4, 32, batch_first=True).requires_grad_(False).eval()
+    x, results = torch.randn(2, 3, 64), []
+    out, first = random_weight(out_features=64), random_weight()
+    for weights in ((out, first), (out.dequantize(), first.dequantize())):
+        layer.self_attn.out_proj.weight, layer.linear1.weight = (nn.Parameter(w, requires_grad=False) for w in weights)
+        results.append(layer(x))
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), results[-1])
+    _close(*results)
+
+
 def test_meta_tensors_give_shapes() -> None:
     w = random_weight().to("meta")
     assert F.linear(torch.empty(2, 3, 64, device="meta"), w).shape == (2, 3, 32)
@@ -191,6 +219,11 @@ def test_nan_codebook_reaches_the_output() -> None:
 
 X, W = torch.randn(3, 64), random_weight()
 
+
+def _nested(layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([X, X[:2]], layout=layout)
+
+
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "inner size": (ValueError, r"cannot multiply: x has shape \(3, 63\)", lambda: F.linear(X[:, :63], W)),
     "inner size @": (ValueError, "cannot multiply", lambda: X @ W),
@@ -200,6 +233,13 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "integers": (ValueError, "x is torch.int32 but", lambda: F.linear(X.int(), W)),
     "device": (ValueError, "x is on meta but the AQLM weight is on cpu: move", lambda: F.linear(X.to("meta"), W)),
     "two of them": (ValueError, "product of two AQLMTensors", lambda: W @ W.t()),
+    "sparse": (ValueError, "layout torch.sparse_coo, but an AQLM weight", lambda: F.linear(X.to_sparse(), W)),
+    "nested": (ValueError, "make it one with `layout=torch.jagged`", lambda: F.linear(_nested(torch.strided), W)),
+    "dtype of the base": (
+        ValueError,
+        "input is torch.float16 but",
+        lambda: torch.addmm(torch.zeros(3, 1).half(), X, W.t()),
+    ),
     "quantized bias": (TypeError, "an AQLMTensor cannot be a bias", lambda: F.linear(X, W, W[0])),
     "bias too short": (ValueError, r"bias must have shape \(32,\), got \(31,", lambda: F.linear(X, W, torch.zeros(31))),
     "bias of one": (ValueError, r"bias must have shape \(32,\), got \(1,\)", lambda: F.linear(X, W, torch.zeros(1))),
@@ -217,6 +257,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize(("error", "message", "call"), WRONG.values(), ids=WRONG)
 def test_refuses(error: type[Exception], message: str, call: Callable[[], object]) -> None:
     with pytest.raises(error, match=message):
