@@ -10,12 +10,13 @@ once, two at least, and by several launches beyond.
 import functools
 import math
 import struct
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aqlm_tensor.kernels import cuda_runtime
-from aqlm_tensor.kernels.reference import partitioned
+from aqlm_tensor.kernels.cuda_linear_launch import Operands
 
 __all__ = ["LANE_BYTES", "MAX_TOKENS", "SHARED_BYTES", "TILE_TOKENS", "defines", "run"]
 
@@ -36,77 +37,82 @@ def defines(books: int, nbits: int, group: int, dtype: torch.dtype) -> tuple[tup
     return ("NUM_BOOKS", books), ("NBITS", nbits), ("GROUP", group), ("DTYPE_BF16", int(dtype == torch.bfloat16))
 
 
-@functools.cache
-def _kernels(
-    books: int, nbits: int, group: int, dtype: torch.dtype, index: int
-) -> tuple[cuda_runtime.Kernel, cuda_runtime.Kernel]:
-    """The kernel that multiplies and the one that adds."""
-    constants = defines(books, nbits, group, dtype)
-    return (
-        cuda_runtime.load_kernel(_SOURCE, "few_tokens", constants, index, SHARED_BYTES),
-        cuda_runtime.load_kernel(_SOURCE, "finish_few_tokens", constants, index),
-    )
-
-
-def run(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def run(operands: Operands, out: Tensor) -> None:
     """Write ``x @ W.t() + bias`` into `out`, on the current device.
 
     Args:
-        x: [tokens, in_features], as `cuda_runtime.prepared` returns it, like all operands.
-        codes: [out_features, in_features / G, K] int8, rows of whole 16 bytes.
-        codebooks: [K, 2^N, 1, G] or [P, K, 2^N, 1, G].
-        scales: [out_features, 1, 1, 1].
-        bias: [out_features] or None.
+        operands: x [tokens, in_features], codes [out_features, in_features / G, K] int8 in rows of whole 16 bytes,
+            codebooks [K, 2^N, 1, G] or [P, K, 2^N, 1, G], scales [out_features, 1, 1, 1] and bias [out_features] or
+            None, as `cuda_runtime.prepared` returns them.
         out: [tokens, out_features], contiguous, neither empty nor without inputs.
     """
+    x, codes, codebooks, scales, bias = operands
     if (codes.data_ptr() | codes.stride(0)) % LANE_BYTES:
         codes = codes.clone(memory_format=torch.contiguous_format)
-    books = partitioned(codebooks)
+    partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
     chunks = math.ceil(codes.shape[1] * codes.shape[2] / _CHUNK_BYTES)
     processors, _ = cuda_runtime.device_limits(x.device.index)
-    at_once = TILE_TOKENS * max(2, processors // (chunks * books.shape[0]))
+    at_once = TILE_TOKENS * max(2, processors // (chunks * partitions))
     if x.shape[0] <= at_once:
-        _run_some(x, codes, books, scales, bias, out, processors)
+        _run_some((x, codes, codebooks, scales, bias), out)
         return
     for first in range(0, x.shape[0], at_once):
         some = slice(first, first + at_once)
-        _run_some(x[some], codes, books, scales, bias, out[some], processors)
+        _run_some((x[some], codes, codebooks, scales, bias), out[some])
 
 
-def _run_some(
-    x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor, processors: int
-) -> None:
-    """`run` by one launch for all of the tokens, and one that adds."""
-    partitions, num_books, size, _, group = books.shape
-    tokens, rows, groups = x.shape[0], codes.shape[0] // partitions, codes.shape[1]
-    multiply, add = _kernels(num_books, size.bit_length() - 1, group, x.dtype, x.device.index)
-    tiles, chunks = math.ceil(tokens / TILE_TOKENS), math.ceil(groups * num_books / _CHUNK_BYTES)
+@dataclass(frozen=True)
+class _Launch:
+    """Everything about the launches for a shape but the addresses and strides.
+
+    Attributes:
+        multiply: the kernel that multiplies.
+        grid: its blocks.
+        sizes: its parameters after the addresses and strides.
+        partial: shape of the partial sums.
+        add: the kernel that adds them.
+        add_grid: its blocks.
+        add_sizes: its parameters after the addresses.
+    """
+
+    multiply: cuda_runtime.Kernel
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]
+    partial: tuple[int, ...]
+    add: cuda_runtime.Kernel
+    add_grid: tuple[int, int, int]
+    add_sizes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(tokens: int, codes: torch.Size, codebooks: torch.Size, dtype: torch.dtype, index: int) -> _Launch:
+    """The launches for x of so many rows; looked up at every call, since planning takes longer than small products."""
+    partitions, books, size, _, group = (1, *codebooks)[-5:]
+    out_features, groups = codes[0], codes[1]
+    constants = defines(books, size.bit_length() - 1, group, dtype)
+    rows = out_features // partitions
+    tiles, chunks = math.ceil(tokens / TILE_TOKENS), math.ceil(groups * books / _CHUNK_BYTES)
     batches = math.ceil(rows / _ROWS_PER_BATCH)
-    ranges = min(batches, max(1, processors // (chunks * partitions * tiles)))
-    partial = torch.empty(chunks, tiles, codes.shape[0], TILE_TOKENS, dtype=torch.float32, device=x.device)
-    values = (
-        x.data_ptr(),
-        codes.data_ptr(),
-        books.data_ptr(),
-        partial.data_ptr(),
-        x.stride(0),
-        codes.stride(0),
-        tokens,
-        tiles,
-        rows,
-        groups,
-        *divmod(batches, ranges),
+    ranges = min(batches, max(1, cuda_runtime.device_limits(index)[0] // (chunks * partitions * tiles)))
+    return _Launch(
+        cuda_runtime.load_kernel(_SOURCE, "few_tokens", constants, index, SHARED_BYTES),
+        (chunks, ranges, partitions * tiles),
+        (tokens, tiles, rows, groups, *divmod(batches, ranges)),
+        (chunks, tiles, out_features, TILE_TOKENS),
+        cuda_runtime.load_kernel(_SOURCE, "finish_few_tokens", constants, index),
+        (math.ceil(out_features * TILE_TOKENS / _FINISH_THREADS), tiles, 1),
+        (tokens, out_features, chunks),
     )
-    grid = (chunks, ranges, partitions * tiles)
-    multiply.launch(grid, _THREADS, SHARED_BYTES, _PARAMS.pack(*values), overlap=True)
-    values = (
-        partial.data_ptr(),
-        scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        codes.shape[0],
-        chunks,
-    )
-    blocks = math.ceil(codes.shape[0] * TILE_TOKENS / _FINISH_THREADS)
-    add.launch((blocks, tiles, 1), _FINISH_THREADS, 0, _FINISH_PARAMS.pack(*values), overlap=True)
+
+
+def _run_some(operands: Operands, out: Tensor) -> None:
+    """`run` by one launch for all of the tokens, and one that adds."""
+    x, codes, codebooks, scales, bias = operands
+    launch = _launch(x.shape[0], codes.shape, codebooks.shape, x.dtype, x.device.index)
+    partial = x.new_empty(launch.partial, dtype=torch.float32)
+    addresses = (x.data_ptr(), codes.data_ptr(), codebooks.data_ptr(), partial.data_ptr())
+    params = _PARAMS.pack(*addresses, x.stride(0), codes.stride(0), *launch.sizes)
+    launch.multiply.launch(launch.grid, _THREADS, SHARED_BYTES, params, overlap=True)
+    addresses = (partial.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    params = _FINISH_PARAMS.pack(*addresses, *launch.add_sizes)
+    launch.add.launch(launch.add_grid, _FINISH_THREADS, 0, params, overlap=True)

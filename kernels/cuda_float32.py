@@ -44,8 +44,8 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Returns:
         [tokens, out_features] float32.
     """
-    out = x.new_empty(x.shape[0], codes.shape[0])
-    if not out.numel():
+    out, done = cuda_runtime.empty_product(x, codes, bias)
+    if done:
         return out
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     books = partitioned(codebooks)

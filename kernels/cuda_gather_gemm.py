@@ -232,10 +232,10 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Returns:
         [tokens, out_features], dtype of x.
     """
-    tokens, out_features = x.shape[0], codes.shape[0]
-    out = x.new_empty(tokens, out_features)
-    if not out.numel() or not codes.numel():
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    tokens = x.shape[0]
+    out, done = cuda_runtime.empty_product(x, codes, bias)
+    if done:
+        return out
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     stage_bytes = 2 * _STAGE_INPUTS // codebooks.shape[-1]  # of a row's codes
     if (codes.data_ptr() | 2 * codes.stride(0)) % stage_bytes:

@@ -228,8 +228,8 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     out_features, groups, books = codes.shape
     partitions = codebooks.shape[0] if codebooks.dim() == 5 else 1
     nbits = codebooks.shape[-3].bit_length() - 1
-    out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    if not out.numel():
+    out, done = cuda_runtime.empty_product(x, codes, bias)
+    if done:
         return out
     operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     shape = Shape(books, nbits, x.shape[0], out_features // partitions, groups, partitions)

@@ -149,9 +149,9 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         [tokens, out_features], dtype of x.
     """
     tokens, out_features = x.shape[0], codes.shape[0]
-    out = x.new_empty(tokens, out_features)
-    if not out.numel() or not codes.numel():
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    out, done = cuda_runtime.empty_product(x, codes, bias)
+    if done:
+        return out
     x, codes, codebooks, scales, bias = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     code_stride = codes.stride(0)
     if (codes.data_ptr() | code_stride) % _LANE_BYTES:

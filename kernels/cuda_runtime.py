@@ -30,6 +30,7 @@ __all__ = [
     "cubin",
     "device_arch",
     "device_limits",
+    "empty_product",
     "load_kernel",
     "on_device",
     "prepared",
@@ -118,6 +119,18 @@ def device_limits(index: int) -> tuple[int, int]:
     """Multiprocessors of CUDA device `index`, and the most shared memory a block can have there, in bytes."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def empty_product(x: Tensor, codes: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
+    """Where the product of x and a weight goes, and whether it is there already: it has no outputs, or no inputs.
+
+    Returns:
+        [tokens, out_features] in x's dtype, and True if no kernel need run.
+    """
+    out = x.new_empty(x.shape[0], codes.shape[0])
+    if out.numel() and codes.numel():
+        return out, False
+    return (out.zero_() if bias is None else out.copy_(bias.expand_as(out))), True
 
 
 def prepared(

@@ -221,9 +221,9 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Returns:
         [tokens, out_features], dtype of x.
     """
-    out = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
-    if not out.numel() or not codes.numel():
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    out, done = cuda_runtime.empty_product(x, codes, bias)
+    if done:
+        return out
     operands = cuda_runtime.prepared(x, codes, codebooks, scales, bias)
     shape = shape_of(x, codes, codebooks)
     with cuda_runtime.on_device(x.device):

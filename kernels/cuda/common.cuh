@@ -151,6 +151,17 @@ __device__ __forceinline__ void begin_after_previous_kernel() {
 // Bring what will be read near: the second level of the cache sees later writes.
 __device__ __forceinline__ void prefetch_to_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
+// Rotate 16 bytes so that byte `first` comes first.
+__device__ __forceinline__ void rotate(u32 (&w)[4], int first) {
+  u32 by8[4], by4[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) by8[i] = first & 8 ? w[(i + 2) % 4] : w[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) by4[i] = first & 4 ? by8[(i + 1) % 4] : by8[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = __funnelshift_r(by4[i], by4[(i + 1) % 4], first % 4 * 8);
+}
+
 // The thread's number as a value that the compiler cannot compute ahead: what is derived from it in a rarely run part
 // of a kernel then takes no registers in the hot loop.
 __device__ __forceinline__ int opaque_thread() {

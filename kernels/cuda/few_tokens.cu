@@ -179,17 +179,6 @@ __device__ __forceinline__ Lane lane_of(int lane) {
   return at;
 }
 
-// Rotate the 16 bytes so that byte `start` comes first.
-__device__ __forceinline__ void rotate(u32 (&w)[4], int start) {
-  u32 by8[4], by4[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) by8[i] = start & 8 ? w[(i + 2) % 4] : w[i];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) by4[i] = start & 4 ? by8[(i + 1) % 4] : by8[i];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = __funnelshift_r(by4[i], by4[(i + 1) % 4], start % 4 * 8);
-}
-
 // The products of the entry that byte BYTE of the rotated codes names with its group.
 template <int BYTE>
 __device__ __forceinline__ uint2 look_up(const u8* tables, const Lane& at, const u32 (&codes)[4]) {

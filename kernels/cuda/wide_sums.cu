@@ -8,7 +8,7 @@
 // Lane (row = lane / 2, half = lane % 2) looks up codes 8 half .. 8 half + 7 of one row of the weight, each row starting at
 // another one: at any time two lanes look up products of the same code, and at most those two meet in a bank.
 //
-// Grid: (chunks, row ranges, row partitions). Compile-time constants: NUM_BOOKS (1 or 2), NBITS (9 to 12), DTYPE_BF16.
+// Grid: (chunks, row ranges, row partitions). Compile-time constants: NUM_BOOKS (1 or 2), NBITS (9 to 12), DTYPE_BF16 (and GROUP: 8).
 #include "products.cuh"
 
 constexpr int kWarps = 16;
@@ -90,17 +90,6 @@ __device__ __forceinline__ float build_table(const WideSumsParams& p, u8* table,
   return power_of_two(-exponent);
 }
 
-// Rotate the eight codes so that code `start` comes first.
-__device__ __forceinline__ void rotate(u32 (&w)[4], int start) {
-  u32 by4[4], by2[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) by4[i] = start & 4 ? w[(i + 2) % 4] : w[i];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) by2[i] = start & 2 ? by4[(i + 1) % 4] : by4[i];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = __funnelshift_r(by2[i], by2[(i + 1) % 4], start % 2 * 16);
-}
-
 // The product that code CODE of the rotated ones names, whose banks start at byte `column` of a row of the table.
 template <int CODE>
 __device__ __forceinline__ float look_up(const u8* table, const u32 (&codes)[4], u32 column) {
@@ -152,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) wide_sums(const __grid
     float sums[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      rotate(now[u], row % 8);
+      rotate(now[u], row % 8 * 2);
       sums[u] = sum_codes(table, now[u], columns);
     }
 #pragma unroll

@@ -1,15 +1,37 @@
-"""Random layers drawn on a GPU, and the float64 reference for them; for weights too large for the CPU's strategies."""
+"""Random layers drawn on a GPU, the float64 reference for them, and what every kernel for GPUs must do besides.
 
+For weights too large for the CPU's strategies.
+"""
+
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from aqlm_tensor.codes import codes_to_indices
 from aqlm_tensor.scheme import AQLMScheme
+from tests.conformance import assert_same_bits
 
-__all__ = ["ERRORS", "dense", "product", "random_layer", "relative_error"]
+__all__ = [
+    "ERRORS",
+    "Layer",
+    "Linear",
+    "assert_captured_and_on_streams",
+    "assert_empty",
+    "dense",
+    "needs_hopper",
+    "product",
+    "random_layer",
+    "relative_error",
+]
+
+_ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not _ON_HOPPER, reason="needs a Hopper GPU")]
 
 ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # of ||y - ref|| / ||ref||, by dtype
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Linear = Callable[..., torch.Tensor]
 
 
 def random_layer(scheme: str, in_features: int, out_features: int, rows: int, dtype: torch.dtype) -> Layer:
@@ -42,3 +64,33 @@ def product(x: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scale
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return float((y.double() - reference).norm() / reference.norm())
+
+
+def assert_captured_and_on_streams(linear: Linear, layer: Layer) -> None:
+    """A captured product follows x, and products on several streams at once do not disturb each other."""
+    codes, codebooks, scales, bias, x = layer
+    linear(x, codes, codebooks, scales, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, codes, codebooks, scales, bias)
+    x.mul_(2)
+    graph.replay()
+    assert_same_bits(y, linear(x, codes, codebooks, scales, bias))
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    outputs = []
+    for stream in streams * 8:
+        with torch.cuda.stream(stream):
+            outputs.append(linear(x, codes, codebooks, scales, bias))
+    torch.cuda.synchronize()
+    for output in outputs:
+        assert_same_bits(output, y)
+
+
+def assert_empty(linear: Linear, layer: Layer) -> None:
+    """Without rows there are no outputs, and without inputs they are the bias."""
+    codes, codebooks, scales, bias, x = layer
+    assert linear(x[:0], codes, codebooks, scales, bias).shape == (0, codes.shape[0])
+    no_inputs = linear(x[:, :0], codes[:, :0], codebooks, scales, bias)
+    assert_same_bits(no_inputs, bias.expand(x.shape[0], -1))
+    assert_same_bits(linear(x[:, :0], codes[:, :0], codebooks, scales, None), torch.zeros_like(no_inputs))

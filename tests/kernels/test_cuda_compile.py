@@ -14,7 +14,6 @@ from aqlm_tensor.kernels import (
     cuda_lookup,
     cuda_runtime,
     cuda_sliced_codebook,
-    cuda_wide_sums,
 )
 from aqlm_tensor.kernels.cuda_linear_launch import Shape
 
@@ -99,7 +98,7 @@ def test_partial_sums_compile(arch: str, books: int, nbits: int, group: int) -> 
     code = cuda_runtime.compile_source("few_tokens.cu", defines, arch)
     assert b"few_tokens" in code
     assert b"finish_few_tokens" in code
-    defines = cuda_wide_sums.defines(min(books, 2), 10 + nbits // 4, dtype)
+    defines = cuda_few_tokens.defines(min(books, 2), 10 + nbits // 4, 8, dtype)
     assert b"wide_sums" in cuda_runtime.compile_source("wide_sums.cu", defines, arch)
 
 

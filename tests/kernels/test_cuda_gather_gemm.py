@@ -14,11 +14,17 @@ from aqlm_tensor.kernels.cuda_gather_gemm import choose_variant, cluster_work
 from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits
-from tests.kernels.gpu_layers import ERRORS, product, random_layer, relative_error
+from tests.kernels.gpu_layers import (
+    ERRORS,
+    assert_captured_and_on_streams,
+    assert_empty,
+    needs_hopper,
+    product,
+    random_layer,
+    relative_error,
+)
 from tests.strategies import Case, build, cases
 
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")]
 LIMIT = 232448  # bytes of shared memory of a block
 TOKENS = (1, 32, 33, 64, 65, 128, 129, 256, 257, 600, 100_000)
 SCHEMES = st.sampled_from(("1x16g8", "1x16g16", "1x9g8", "1x12g16")).map(AQLMScheme.parse)
@@ -121,26 +127,7 @@ class TestOnHopper:
         assert not y[[3, 17]].isfinite().any()
 
     def test_empty(self) -> None:
-        codes, codebooks, scales, bias, x = random_layer("1x16g8", 128, 24, 70, torch.float16)
-        assert cuda_gather_gemm.linear(x[:0], codes, codebooks, scales, bias).shape == (0, 24)
-        no_inputs = cuda_gather_gemm.linear(x[:, :0], codes[:, :0], codebooks, scales, bias)
-        assert_same_bits(no_inputs, bias.expand(70, 24))
+        assert_empty(cuda_gather_gemm.linear, random_layer("1x16g8", 128, 24, 70, torch.float16))
 
     def test_graph_capture_and_streams(self) -> None:
-        codes, codebooks, scales, bias, x = random_layer("1x16g8", 2048, 1024, 200, torch.bfloat16)
-        cuda_gather_gemm.linear(x, codes, codebooks, scales, bias)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = cuda_gather_gemm.linear(x, codes, codebooks, scales, bias)
-        x.mul_(2)
-        graph.replay()
-        assert_same_bits(y, cuda_gather_gemm.linear(x, codes, codebooks, scales, bias))
-        streams = [torch.cuda.Stream() for _ in range(4)]
-        torch.cuda.synchronize()
-        outputs = []
-        for stream in streams * 8:
-            with torch.cuda.stream(stream):
-                outputs.append(cuda_gather_gemm.linear(x, codes, codebooks, scales, bias))
-        torch.cuda.synchronize()
-        for output in outputs:
-            assert_same_bits(output, y)
+        assert_captured_and_on_streams(cuda_gather_gemm.linear, random_layer("1x16g8", 2048, 1024, 200, torch.bfloat16))

@@ -12,11 +12,9 @@ from aqlm_tensor.kernels import cuda_lookup, cuda_lookup_hopper, cuda_lookup_str
 from aqlm_tensor.kernels.cuda_linear_launch import Shape
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits
-from tests.kernels.gpu_layers import ERRORS, product, random_layer, relative_error
+from tests.kernels.gpu_layers import ERRORS, needs_hopper, product, random_layer, relative_error
 from tests.strategies import Case, build, cases
 
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")]
 LIMIT = 232448  # bytes of shared memory of a block
 SCHEMES = st.sampled_from(("2x8g8", "1x8g8", "4x8g8", "2x6g8", "2x1g8")).map(AQLMScheme.parse)
 HALF = st.sampled_from((torch.float16, torch.bfloat16))

@@ -12,7 +12,7 @@ from aqlm_tensor import AQLMTensor
 from aqlm_tensor.kernels import cuda_int8_codebook, cuda_runtime, int8_codebooks, ops, registry
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_kernel, assert_same_bits
-from tests.kernels.gpu_layers import ERRORS, Layer, product, random_layer, relative_error
+from tests.kernels.gpu_layers import ERRORS, Layer, assert_empty, product, random_layer, relative_error
 from tests.strategies import VALUES, Case, Operands, Values, build, cases
 
 pytestmark = [
@@ -156,7 +156,4 @@ def test_entries_without_a_number_are_refused() -> None:
 
 
 def test_empty() -> None:
-    codes, codebooks, scales, bias, x = random_layer("1x16g8", 64, 24, 3, torch.float16)
-    assert cuda_int8_codebook.linear(x[:0], codes, codebooks, scales, bias).shape == (0, 24)
-    no_inputs = cuda_int8_codebook.linear(x[:, :0], codes[:, :0], codebooks, scales, bias)
-    assert_same_bits(no_inputs, bias.expand(3, 24))
+    assert_empty(cuda_int8_codebook.linear, random_layer("1x16g8", 64, 24, 3, torch.float16))

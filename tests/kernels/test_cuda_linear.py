@@ -1,7 +1,6 @@
 """The CUDA kernels, each called directly on a GPU, against the numerics contract."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,16 @@ from aqlm_tensor.kernels import (
 from aqlm_tensor.kernels.registry import Op, Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear, assert_same_bits
-from tests.kernels.gpu_layers import ERRORS, dense, product, random_layer, relative_error
+from tests.kernels.gpu_layers import (
+    ERRORS,
+    Linear,
+    assert_captured_and_on_streams,
+    assert_empty,
+    dense,
+    product,
+    random_layer,
+    relative_error,
+)
 from tests.strategies import Case, Operands, build, cases
 
 pytestmark = [
@@ -38,7 +46,6 @@ FLOAT32 = st.sampled_from(("2x8g8", "1x8g8", "3x8g8", "8x8g8", "2x5g8", "4x1g8")
 HALF = st.sampled_from((torch.float16, torch.bfloat16))
 ROWS = st.sampled_from((1, 2, 3, 5, 8, 9, 16, 17, 32, 33, 63, 64))
 SHAPES = ((11008, 4096), (4096, 1023), (28672, 512), (16, 3000), (1392, 777), (8192, 28672))  # in, out
-Linear = Callable[..., torch.Tensor]
 FEW_TOKENS = [  # kernels that read the codes, and schemes they are for
     pytest.param(cuda_lookup.linear, "2x8g8", id="2x8g8"),
     pytest.param(cuda_lookup.linear, "1x8g8", id="1x8g8"),
@@ -215,25 +222,13 @@ def test_sliced_codes(linear: Linear, scheme: str) -> None:
 
 
 @pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
+def test_empty(linear: Linear, scheme: str) -> None:
+    assert_empty(linear, random_layer(scheme, 128, 24, 3, torch.float16))
+
+
+@pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
 def test_graph_capture_and_streams(linear: Linear, scheme: str) -> None:
-    codes, codebooks, scales, bias, x = random_layer(scheme, 2048, 1024, 3, torch.bfloat16)
-    expected = linear(x, codes, codebooks, scales, bias)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = linear(x, codes, codebooks, scales, bias)
-    x.mul_(2)
-    graph.replay()
-    assert_same_bits(y, linear(x, codes, codebooks, scales, bias))
-    assert not torch.equal(y, expected)
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    outputs = []
-    for stream in streams * 8:
-        with torch.cuda.stream(stream):
-            outputs.append(linear(x, codes, codebooks, scales, bias))
-    torch.cuda.synchronize()
-    for output in outputs:
-        assert_same_bits(output, y)
+    assert_captured_and_on_streams(linear, random_layer(scheme, 2048, 1024, 3, torch.bfloat16))
 
 
 @pytest.mark.parametrize(("linear", "scheme"), [*FEW_TOKENS, *PARTIAL_SUMS])
