@@ -114,9 +114,13 @@ class Kernel:
     fast: bool = True
     option: str = ""
 
+    def serves(self, device: torch.device) -> bool:
+        """Whether it runs on devices of that type."""
+        return not self.device_types or device.type in self.device_types
+
     def why_not(self, problem: Problem) -> str | None:
         """The reason why this kernel cannot run the problem, or None if it can."""
-        if self.device_types and problem.device.type not in self.device_types:
+        if not self.serves(problem.device):
             return f"runs on {' and '.join(self.device_types)}, not on {problem.device.type}"
         missing = [package for package in self.requires if not _installed(package)]
         if missing:
@@ -339,22 +343,23 @@ def _choose(problem: Problem, forced: str | None, allowed: frozenset[str]) -> Ke
             if not kernel.fast:
                 _warn_slow(problem, reasons)
             return kernel
-        reasons.append(f"{kernel.name} {reason}")
-    raise ValueError(f"no kernel can run {problem}: {'; '.join(reasons)}")
+        reasons.append((kernel, reason))
+    raise ValueError(f"no kernel can run {problem}: {'; '.join(f'{kernel.name} {why}' for kernel, why in reasons)}")
 
 
 _warned: set[tuple[AQLMScheme, str]] = set()
 
 
-def _warn_slow(problem: Problem, reasons: list[str]) -> None:
+def _warn_slow(problem: Problem, reasons: list[tuple[Kernel, str]]) -> None:
     """Say once for each scheme and type of device that the slow kernel runs, and why."""
     key = (problem.scheme, problem.device.type)
     if key in _warned:
         return
     _warned.add(key)
+    why = "; ".join(f"{kernel.name} {reason}" for kernel, reason in reasons if kernel.serves(problem.device))
     warnings.warn(
-        f"no fast AQLM kernel for scheme {problem.scheme} on {problem.device.type} here ({'; '.join(reasons)}); using "
-        "the torch reference, which is slow. `aqlm-tensor kernels --explain` shows why.",
+        f"no fast AQLM kernel for scheme {problem.scheme} on {problem.device.type} here ({why}); using the torch "
+        "reference, which is slow. `aqlm-tensor kernels --explain` shows why.",
         stacklevel=2,
     )
 

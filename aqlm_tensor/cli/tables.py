@@ -1,5 +1,6 @@
 """`aqlm-tensor inspect` and `aqlm-tensor kernels`: what is in a checkpoint, and what will multiply with it."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -128,9 +129,9 @@ def kernels(
         print_json({"scheme": str(parsed), "shape": [out_features, in_features], "answers": answers})
         return
     emit(f"{parsed}, weight {out_features}x{in_features}, {dtype} on {target}")
-    for answer in answers:
+    for answer, following in itertools.zip_longest(answers, answers[1:]):
         emit(f"{answer['rows']} rows: {answer['chosen'] or 'no kernel'}")
-        if explain:
+        if explain and (following is None or answer["kernels"] != following["kernels"]):  # once for equal neighbours
             for row in answer["kernels"]:
                 emit(f"    {row['kernel']}: {_verdict(row, answer['chosen'])}")
 

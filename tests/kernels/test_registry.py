@@ -208,13 +208,9 @@ def test_the_slow_kernel_warns_once_and_says_why(table: tuple[Kernel, ...], monk
     with pytest.warns(UserWarning, match="no fast AQLM kernel for scheme 2x8g8 on cpu") as caught:
         assert _ran() == [("linear", "torch")]
     text = str(caught[0].message)
-    for reason in (
-        "picky needs rows in multiples of 8",
-        "elsewhere runs on",
-        "absent needs no_such_package",
-        "--explain",
-    ):
+    for reason in ("picky needs rows in multiples of 8", "absent needs no_such_package", "--explain"):
         assert reason in text
+    assert "elsewhere" not in text, "a kernel for other devices is no reason"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _ran(torch.ones(5, 64)) == [("linear", "torch")]
