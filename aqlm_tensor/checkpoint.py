@@ -20,7 +20,7 @@ from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
 
-__all__ = ["PARTS", "TensorInfo", "check_scheme", "inspect", "load", "save", "stored_weights"]
+__all__ = ["PARTS", "TensorInfo", "check_scheme", "inspect", "load", "save", "stored_weights", "whole_state"]
 
 PARTS = ("codes", "codebooks", "scales")
 Module = TypeVar("Module", bound=nn.Module)
@@ -58,7 +58,7 @@ def save(model: nn.Module, folder: str | Path, *, force: bool = False, max_shard
     the first of their names. A model with a Transformers `config` gets a config.json that Transformers understands.
 
     Args:
-        model: with at least one AQLM weight.
+        model: with at least one AQLM weight; also while it is trained, inside `trainable`.
         folder: must not exist, unless `force`.
         force: replace an existing checkpoint folder; a folder that is no checkpoint is never replaced.
         max_shard_size: bytes per file, such as "5GB".
@@ -148,7 +148,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, AQLMScheme]
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, AQLMScheme] = {}
     written: set[tuple[Any, ...]] = set()
-    for name, value in model.state_dict().items():
+    for name, value in whole_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} in the model's state_dict is a {type(value).__name__}: only tensors can be saved")
         if value.is_meta:
@@ -168,6 +168,20 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, AQLMScheme]
         for part_name, part in zip(PARTS, parts, strict=True):
             tensors[f"{layer}.{part_name}"] = _own(part)
     return tensors, schemes
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The model's state dict; weights whose parts are parameters, inside `trainable`, are AQLMTensors here, too."""
+    state = dict(model.state_dict())
+    for name in [name for name in state if name.endswith(".codes")]:
+        layer = name.removesuffix(".codes")
+        if not all(f"{layer}.{part}" in state for part in PARTS):
+            continue
+        module = model.get_submodule(layer)
+        parts = [state.pop(f"{layer}.{part}").detach() for part in PARTS]
+        weight = AQLMTensor(*parts, orientation=getattr(module, "orientation", "matrix"))
+        state[f"{layer}.weight" if isinstance(module, nn.Linear) else layer] = weight
+    return state
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ is put back as it was, updated in place, at the end.
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor, Orientation
 from aqlm_tensor.tensor_ops import linear_of_parts
 
-__all__ = ["held_out", "trainable", "trainable_in_float32"]
+__all__ = ["held_out", "inside_trainable", "trainable", "trainable_in_float32"]
+
+_inside: ContextVar[bool] = ContextVar("aqlm_tensor_inside_trainable", default=False)
 
 
 class _TrainableLinear(nn.Linear):
@@ -59,6 +62,7 @@ def trainable(model: nn.Module) -> Iterator[nn.Module]:
     weights, stacks = _linear_weights(model), _stacks(model)
     if not weights and not stacks:
         raise ValueError("the model has no AQLM layer to train: quantize_ or load it first")
+    token = _inside.set(True)
     try:
         for weight, layers in weights:
             _spread(layers, weight)
@@ -70,6 +74,12 @@ def trainable(model: nn.Module) -> Iterator[nn.Module]:
             _gather(layers, weight)
         for stack in stacks:
             _gather_stack(*stack)
+        _inside.reset(token)
+
+
+def inside_trainable() -> bool:
+    """Whether the caller runs inside a `trainable` block."""
+    return _inside.get()
 
 
 def _linear_weights(model: nn.Module) -> list[tuple[AQLMTensor, list[nn.Linear]]]:

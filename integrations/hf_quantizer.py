@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from aqlm_tensor.checkpoint import PARTS
+from aqlm_tensor.checkpoint import PARTS, whole_state
 from aqlm_tensor.integrations.hf_checkpoint import check_checkpoint
 from aqlm_tensor.integrations.hf_config import AqlmConfig
 from aqlm_tensor.integrations.hf_conversion import (
@@ -32,6 +32,7 @@ from aqlm_tensor.integrations.hf_tensor_parallel import KeepPart, TensorParallel
 from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.tensor import AQLMTensor
+from aqlm_tensor.training import inside_trainable
 
 __all__ = ["AqlmQuantizer", "attach", "memory_footprint"]
 
@@ -146,7 +147,7 @@ class AqlmQuantizer(HfQuantizer):
 
     def _describe(self, model: Any) -> dict[str, Tensor]:
         """The state dict to save, after making the config say what it holds."""
-        state = model.state_dict()
+        state = whole_state(model)
         weights = {name: self._parallel.whole(name, weight) for name, weight in _quantized(model, state).items()}
         for name, weight in weights.items():
             if weight.orientation != "matrix":
@@ -156,6 +157,10 @@ class AqlmQuantizer(HfQuantizer):
         if schemes:
             self.quantization_config = _updated(self.quantization_config, model, schemes)
             model.config.quantization_config = self.quantization_config
+        elif hasattr(
+            model.config, "quantization_config"
+        ):  # all dense by now, as after a merge of adapters
+            del model.config.quantization_config
         plain = {
             name: value
             for name, value in state.items()
@@ -186,6 +191,11 @@ class AqlmQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Trainer may train codebooks and scales, where they are parameters."""
+        return inside_trainable()
+
+    @property
     def is_compileable(self) -> bool:
         """`generate` may compile the model."""
         return True
@@ -205,7 +215,7 @@ def attach(model: Any) -> bool:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return False
-    schemes = {name: weight.scheme for name, weight in _quantized(model, model.state_dict()).items()}
+    schemes = {name: weight.scheme for name, weight in _quantized(model, whole_state(model)).items()}
     if not schemes:
         return False
     quantizer = AqlmQuantizer(AqlmConfig.describing(schemes, ()), pre_quantized=True)

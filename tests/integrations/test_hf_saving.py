@@ -15,7 +15,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 import aqlm_tensor.integrations.hf
-from aqlm_tensor import AQLMTensor, load, quantize_, save
+from aqlm_tensor import AQLMTensor, load, quantize_, save, trainable
 from aqlm_tensor.checkpoint import inspect
 from aqlm_tensor.linear import set_quantized
 from tests.models import config
@@ -67,6 +67,30 @@ def test_quantizing_more_after_loading_is_saved(tmp_path: Path) -> None:
     loaded = FAMILIES["llama"].auto.from_pretrained(tmp_path / "saved")
     assert isinstance(loaded.lm_head.weight, AQLMTensor)
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
+
+
+def test_a_model_without_quantized_layers_any_more_is_dense(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, FAMILIES["llama"])
+    model = FAMILIES["llama"].auto.from_pretrained(pair.aqlm)
+    for module in model.modules():  # as merging adapters does
+        if isinstance(module, nn.Linear) and isinstance(module.weight, AQLMTensor):
+            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    loaded = FAMILIES["llama"].auto.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_saved_while_it_is_trained(name: str, tmp_path: Path) -> None:
+    model = fresh(name)
+    quantize_(model, config("2x4g8"))
+    with trainable(model):
+        save(model, tmp_path / "ours")
+        model.save_pretrained(tmp_path / "theirs")
+    expected = logits_of(model)
+    assert torch.equal(logits_of(load(fresh(name), tmp_path / "ours")), expected)
+    assert torch.equal(logits_of(FAMILIES[name].auto.from_pretrained(tmp_path / "theirs")), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

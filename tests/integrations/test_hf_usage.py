@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aqlm_tensor.integrations.hf  # noqa: F401 - registers
-from aqlm_tensor import AQLMTensor
+from aqlm_tensor import AQLMTensor, trainable
 from tests.models import config
 from tests.tiny_llama import TEXT, write_dense
 
@@ -110,3 +110,22 @@ def test_trainer(folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0], losses
     after = [weight.codes for weight in model.parameters() if isinstance(weight, AQLMTensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_trainer_of_codebooks_and_scales(folder: Path, tmp_path: Path) -> None:
+    """Inside `trainable` Trainer needs no adapters, and its checkpoints are AQLM checkpoints."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], save_steps=2, use_cpu=True, seed=0,
+        disable_tqdm=True,
+    )  # fmt: skip
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids[0, :320].view(-1, 16)
+    rows: Any = [{"input_ids": row, "labels": row} for row in tokens]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = model(tokens[:1]).logits
+    with trainable(model):
+        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").eval()
+    assert isinstance(loaded.model.layers[0].mlp.up_proj.weight, AQLMTensor)
+    after = loaded(tokens[:1]).logits
+    assert torch.equal(after, model.eval()(tokens[:1]).logits)
+    assert not torch.allclose(after, before, atol=1e-3)
