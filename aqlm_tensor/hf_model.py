@@ -6,18 +6,29 @@ Transformers loads them, with `aqlm_tensor.integrations.hf` for AQLM. Code that 
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["MissingTokenizerError", "ModelSource", "find_model", "load_model", "quiet", "save_model", "tokenize"]
+__all__ = [
+    "ModelSource",
+    "UnsuitableModelError",
+    "find_model",
+    "language_model",
+    "load_model",
+    "quiet",
+    "save_model",
+    "tokenize",
+]
 
+_PROCESSOR_FILES = ("*processor_config.json", "chat_template.*")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
-class MissingTokenizerError(ValueError):
-    """A folder holds a model without a tokenizer."""
+class UnsuitableModelError(ValueError):
+    """A folder holds another kind of model than is asked for, or one without a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,35 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def language_model(source: ModelSource) -> tuple[Any, Any]:
+    """Transformers' config of a language model, and the auto class that makes the model that the config names.
+
+    Text alone has to suffice as input: causal language models do, also those that take images or sound.
+
+    Raises:
+        UnsuitableModelError: for other kinds of models.
+    """
+    import transformers
+
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True, **options)
+    tables = (
+        (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+        (transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING, transformers.AutoModelForMultimodalLM),
+    )
+    classes = {table[type(config)].__name__: auto for table, auto in tables if type(config) in table}
+    named = next(iter(config.architectures or classes), config.model_type)
+    if classes and named.lower().endswith(("forcausallm", "lmheadmodel")):
+        named = named if named in classes else next(iter(classes))  # an older spelling
+    # the others would be loaded without some weights (an encoder) or with random ones (an output embedding)
+    if named not in classes or getattr(config, "is_encoder_decoder", False):
+        raise UnsuitableModelError(
+            f"{source} is a {named}, and only causal language models are handled here: quantize it in Python, with "
+            "aqlm_tensor.calibrate, and store it with aqlm_tensor.save"
+        )
+    return config, classes[named]
+
+
 def load_model(
     source: ModelSource, *, dtype: Any = "auto", device: str = "cpu", needs_tokenizer: bool = True
 ) -> tuple[Any, Any]:
@@ -125,27 +165,27 @@ def load_model(
         (model in evaluation mode, tokenizer or None).
 
     Raises:
-        MissingTokenizerError: before the model is loaded.
+        UnsuitableModelError: before the model is loaded, for another kind of model or for want of a tokenizer.
         ValueError: if files are missing or damaged, or do not fit the model.
         OSError: if a file cannot be read.
     """
     with quiet():
         import torch
-        from transformers import AutoModelForCausalLM
 
         import aqlm_tensor.integrations.hf  # noqa: F401 - registers
 
+        _, auto = language_model(source)
         options: dict[str, Any] = {"local_files_only": True}
         if source.gguf_file is not None:
             options["gguf_file"] = source.gguf_file
             dtype = torch.float32 if dtype == "auto" else dtype
         tokenizer = _load_tokenizer(source, options)
         if tokenizer is None and needs_tokenizer:
-            raise MissingTokenizerError(
+            raise UnsuitableModelError(
                 f"{source.folder} holds no tokenizer, and text needs one: add its files (tokenizer.json, ...), or use "
                 "token ids (.npy, .pt)"
             )
-        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
+        model: Any = auto.from_pretrained(source.folder, dtype=dtype, **options)
         if source.kind == "gguf":  # it was dequantized: the model is dense from here on
             del model.config.quantization_config
             model.hf_quantizer = None
@@ -163,8 +203,17 @@ def _load_tokenizer(source: ModelSource, options: dict[str, Any]) -> Any | None:
     return tokenizer if len(words) > 1 else None  # T5's knows the space
 
 
-def save_model(model: Any, tokenizer: Any | None, folder: Path, *, force: bool = False) -> None:
+def save_model(
+    model: Any, tokenizer: Any | None, folder: Path, *, source: ModelSource | None = None, force: bool = False
+) -> None:
     """Write a quantized model with its tokenizer, if it has one, and generation config, all of it or nothing.
+
+    Args:
+        model: from `load_model`.
+        tokenizer: from there, too.
+        folder: where to.
+        source: of the model; how it prepares images and sound is copied from there.
+        force: replace a checkpoint.
 
     Raises:
         FileExistsError: if the folder exists and may not be replaced.
@@ -183,6 +232,9 @@ def save_model(model: Any, tokenizer: Any | None, folder: Path, *, force: bool =
             save(model, temporary, force=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        for pattern in _PROCESSOR_FILES if source is not None else ():
+            for file in source.folder.glob(pattern):
+                shutil.copy(file, temporary)
         # save_pretrained would refuse settings that it finds doubtful, after all the work
         model.generation_config.to_json_file(temporary / "generation_config.json")
 

@@ -71,7 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.integrations", "aqlm_tensor.hf_model", "aqlm_tensor.evaluate"),
     ("aqlm_tensor.calibration.sources", "aqlm_tensor.calibration.self_generation"),
     ("aqlm_tensor.cli.output",),
-    ("aqlm_tensor.cli.arguments", "aqlm_tensor.cli.prepare", "aqlm_tensor.cli.report"),
+    ("aqlm_tensor.cli.arguments", "aqlm_tensor.cli.fit", "aqlm_tensor.cli.prepare", "aqlm_tensor.cli.report"),
     ("aqlm_tensor.cli.evaluation", "aqlm_tensor.cli.plot", "aqlm_tensor.cli.progress"),
     ("aqlm_tensor.cli.saved_report", "aqlm_tensor.cli.tune"),
     ("aqlm_tensor.cli.estimate", "aqlm_tensor.cli.quantize", "aqlm_tensor.cli.run", "aqlm_tensor.cli.tables"),

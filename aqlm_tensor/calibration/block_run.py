@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig
 
 from aqlm_tensor.api import quantize_
-from aqlm_tensor.blocks import dense_weights, linears_of, reading_order
+from aqlm_tensor.blocks import dense_weights, reading_order
 from aqlm_tensor.calibration.activations import Activations, Place
 from aqlm_tensor.calibration.block_calls import Batch, BlockCalls, on_device
 from aqlm_tensor.calibration.experts import ExpertObserver, ExpertStack, one_by_one, quantize_expert
@@ -29,12 +29,14 @@ from aqlm_tensor.calibration.report import BlockReport, CalibratedLayer, Pace, P
 from aqlm_tensor.calibration.work_folder import WorkFolder, continuous
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.linear import set_quantized
-from aqlm_tensor.quantizer.observers import add_up, detach_observers
+from aqlm_tensor.quantizer.observers import add_up, detach_observers, observer_of
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.targets import Target
 from aqlm_tensor.tensor import AQLMTensor
 
 __all__ = ["BlockRun"]
+
+_UNOBSERVED = "it saw no data"
 
 
 @dataclass
@@ -46,6 +48,8 @@ class BlockRun:
         finished_layers: names of those that it held at the start.
         finished_blocks: indices of those that it held at the start.
         layers: reports so far.
+        sharing: the model's linear layers by the id of their dense weight.
+        skipped: why layers are left dense after all.
         tuned: reports so far.
         now: phase and index of the block.
         pace: of the blocks that this run did itself.
@@ -66,9 +70,16 @@ class BlockRun:
     finished_layers: set[str] = field(default_factory=set)
     finished_blocks: set[int] = field(default_factory=set)
     layers: list[LayerReport] = field(default_factory=list)
+    sharing: dict[int, list[nn.Linear]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     tuned: list[BlockReport] = field(default_factory=list)
     now: tuple[Phase, int] = ("capture", 0)
     pace: Pace = field(default_factory=Pace)
+
+    def __post_init__(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, nn.Linear):
+                self.sharing.setdefault(id(layer.weight), []).append(layer)
 
     def use(self, work: WorkFolder) -> None:
         """Keep finished layers and blocks in a folder, and take those that it holds."""
@@ -84,20 +95,22 @@ class BlockRun:
 
     def quantize(self, index: int, block: nn.Module) -> None:
         """Calibrate, quantize and fine-tune a block, and compute what the next one gets."""
-        chosen = set(map(id, linears_of([block])))
-        targets = [target for target in self.targets if id(target.module) in chosen]
         inside = set(map(id, block.modules()))
+        # what an earlier block has, too, is quantized already
+        targets = [target for target in self.targets if id(target.module) in inside and not _is_quantized(target)]
         stacks = [stack for stack in self.stacks if id(stack.module) in inside]
+        stacks = [stack for stack in stacks if not isinstance(stack.weight, AQLMTensor)]
         finished = index in self.finished_blocks
         self.pace.begin(sum(layer.weight.numel() for layer in (*(target.module for target in targets), *stacks)))
         with on_device(block, self.device):
             if (targets or stacks) and not finished:
                 outputs = self._quantize_layers(index, block, targets, stacks)
-                if self.finetune is not None:
+                tuned = None
+                if self.finetune is not None and any(map(_is_quantized, targets)):
                     with dense_weights(nn.ModuleList(stack.module for stack in stacks)):
-                        self._fine_tune(index, block, outputs)
+                        tuned = self._fine_tune(index, block, outputs)
                 if self.work is not None and self.ranks.rank == 0:
-                    self.work.save_block(index, block, self.tuned[-1] if self.finetune is not None else None)
+                    self.work.save_block(index, block, tuned)
             elif finished:
                 self._take_block(index, block, targets, stacks)
             if index + 1 < len(self.blocks):
@@ -125,12 +138,40 @@ class BlockRun:
                     add_up([target.module for target in group], self.ranks)
                     observer.add_up(self.ranks)
                 with self._phase("quantize", index):
-                    self._convert(group)
+                    self._convert(self._observed(index, group))
                     for stack in watched:
                         self._convert_experts(stack, observer)
         finally:
             detach_observers(block.modules())
         return outputs
+
+    def _observed(self, index: int, targets: list[Target]) -> list[Target]:
+        """The prepared layers of a block that saw data, or may do without.
+
+        Raises:
+            ValueError: if one did not, no later block has it, too, and its config says so.
+        """
+        seen = {id(target.module.weight) for target in targets if _tokens(target.module)}
+        without = [target for target in targets if id(target.module.weight) not in seen]
+        waiting, last = self._waiting(index, without)
+        refused = [target.fqn for target in last if target.config.on_unobserved == "raise"]
+        if refused:
+            names = ", ".join(refused[:5]) + (", ..." if len(refused) > 5 else "")
+            raise ValueError(
+                f"{len(refused)} of the {len(targets)} layers calibrated in block {index} saw no data: {names}. Pass "
+                'data that reaches them, or on_unobserved="skip" (leave them dense) or "data_free"'
+            )
+        skipped = [target for target in last if target.config.on_unobserved == "skip"]
+        self.skipped |= {target.fqn: _UNOBSERVED for target in skipped}
+        left_out = set(map(id, (*waiting, *skipped)))
+        detach_observers(target.module for target in targets if id(target) in left_out)
+        return [target for target in targets if id(target) not in left_out]
+
+    def _waiting(self, index: int, targets: list[Target]) -> tuple[list[Target], list[Target]]:
+        """Layers of a block whose weights a later one has, too, and the others."""
+        later = {id(parameter) for block in self.blocks[index + 1 :] for parameter in block.parameters()}
+        waiting = [target for target in targets if id(target.module.weight) in later]
+        return waiting, [target for target in targets if id(target.module.weight) not in later]
 
     def _convert(self, targets: list[Target]) -> None:
         """Quantize prepared layers, this rank's share of them, but for those that the work folder holds."""
@@ -139,7 +180,7 @@ class BlockRun:
             if target.fqn in self.finished_layers:
                 self._take(target)
                 detach_observers([target.module])
-        left = [target for target in targets if not isinstance(target.module.weight, AQLMTensor)]
+        left = [target for target in targets if not _is_quantized(target)]
         firsts = {id(target.module.weight): target for target in reversed(left)}  # of those that share a weight
         weights = {target.fqn: target.module.weight for target in firsts.values()}
         owners = dict(zip(firsts, self.ranks.owners([weight.numel() for weight in weights.values()]), strict=True))
@@ -216,7 +257,7 @@ class BlockRun:
         passes += [([targets[number] for number in group], []) for group in order]
         return [*passes, ([], stacks)] if stacks else passes
 
-    def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> None:
+    def _fine_tune(self, index: int, block: nn.Module, outputs: Activations | None) -> BlockReport:
         assert self.finetune is not None
         assert outputs is not None
         start = time.perf_counter()
@@ -225,8 +266,8 @@ class BlockRun:
             seed = self.targets[0].config.seed
             errors = finetune_block(block, call, self.calls.inputs, outputs, self.finetune, seed=seed, ranks=self.ranks)
         self.ranks.like_first(continuous(block).values())
-        report = BlockReport(index, *errors, time.perf_counter() - start)
-        self.tuned.append(self.ranks.shared(report, 0))
+        self.tuned.append(self.ranks.shared(BlockReport(index, *errors, time.perf_counter() - start), 0))
+        return self.tuned[-1]
 
     def _take(self, target: Target) -> None:
         """Take a finished layer from the work folder."""
@@ -235,8 +276,7 @@ class BlockRun:
 
     def _put(self, target: Target, report: LayerReport, weight: AQLMTensor) -> None:
         """Put a layer that was solved elsewhere in its place."""
-        dense = target.module.weight
-        set_quantized([layer for layer in linears_of([self.model]) if layer.weight is dense], weight)
+        set_quantized(self.sharing[id(target.module.weight)], weight)
         self.layers.append(report)
         self._tell(report)
 
@@ -245,7 +285,10 @@ class BlockRun:
         assert self.work is not None
         with self._phase("quantize", index):
             for target in targets:
-                self._take(target)
+                if target.fqn in self.finished_layers:
+                    self._take(target)
+            left = [target for target in targets if not _is_quantized(target)]
+            self.skipped |= {target.fqn: _UNOBSERVED for target in self._waiting(index, left)[1]}
             for stack in stacks:
                 self._convert_experts(stack, None)
             tuned = self.work.load_block(index, block)
@@ -262,9 +305,10 @@ class BlockRun:
         return outputs
 
     def _layer_done(self, dense: dict[str, Tensor], report: LayerReport) -> None:
-        weight = self.model.get_submodule(report.fqn).weight
+        weight, before = self.model.get_submodule(report.fqn).weight, dense.pop(report.fqn)
         assert isinstance(weight, AQLMTensor)
-        calibrated = CalibratedLayer(**asdict(report), weight_error=_weight_error(dense.pop(report.fqn), weight))
+        set_quantized(self.sharing[id(before)], weight)  # of other blocks, too
+        calibrated = CalibratedLayer(**asdict(report), weight_error=_weight_error(before, weight))
         if self.work is not None:
             self.work.save_layer(calibrated, weight)
         self.layers.append(calibrated)
@@ -303,6 +347,15 @@ class BlockRun:
                 )
                 error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}); {kept}. {remedy}")
             raise
+
+
+def _is_quantized(target: Target) -> bool:
+    return isinstance(target.module.weight, AQLMTensor)
+
+
+def _tokens(module: nn.Module) -> int:
+    observer = observer_of(module)
+    return 0 if observer is None else observer.tokens
 
 
 def _weight_of(parts: list[Tensor], device: torch.device) -> AQLMTensor:

@@ -25,7 +25,7 @@ from aqlm_tensor.calibration.activations import PLACES, Place
 from aqlm_tensor.calibration.block_calls import Batch, tensors_of
 from aqlm_tensor.calibration.block_run import BlockRun
 from aqlm_tensor.calibration.experts import find_stacks
-from aqlm_tensor.calibration.finetune import FinetuneConfig
+from aqlm_tensor.calibration.finetune import FinetuneConfig, check_tunable
 from aqlm_tensor.calibration.report import CalibrationReport, Progress, Stopwatch
 from aqlm_tensor.calibration.work_folder import WorkFolder, as_json, fingerprint
 from aqlm_tensor.config import AQLMWeightConfig
@@ -59,8 +59,9 @@ def calibrate(
     """Quantize the linear layers of a model's blocks in place, in order, on the inputs they will really have.
 
     Experts that are one stack of weights [E, O, I] are quantized, too, each with the tokens that it sees
-    (`experts.py`); fine-tuning leaves them alone. An exception leaves every layer either dense or quantized,
-    and a layer that was done in `work_dir`.
+    (`experts.py`); fine-tuning leaves them alone. Their routers stay dense unless an FqnToConfig names them. What
+    several blocks share is calibrated on what the first of them gives it. An exception leaves every layer either dense
+    or quantized, and a layer that was done in `work_dir`.
 
     Args:
         model: a decoder or encoder that is a plain sequence of blocks; only the hidden state may depend on what earlier
@@ -93,9 +94,10 @@ def calibrate(
         layers left dense (the others outside of the blocks are not listed), and what the run was made from and took.
 
     Raises:
-        ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; for fewer
-            batches than ranks, or ranks with different arguments; and if what `work_dir` holds was made from another
-            model, config or data.
+        ValueError: as `quantize_`, before any change; for a model that is not a plain sequence of blocks; for layers
+            that cannot be fine-tuned; for fewer batches than ranks, or ranks with different arguments; and if what
+            `work_dir` holds was made from another model, config or data. On the way, for layers that saw no data, if
+            their config says so.
         TypeError: for batches of another type.
         FileExistsError: if `work_dir` holds something and `resume` was not asked for.
         MemoryError, torch.OutOfMemoryError, OSError: if memory or the disk do not suffice, with a note on the remedy.
@@ -109,6 +111,9 @@ def calibrate(
     chosen = list(find_blocks(model) if blocks is None else blocks)
     stacks, dense_stacks = find_stacks(model, config, chosen)
     config, targets, skipped = _to_prepare(model, config, chosen)
+    if finetune is not None:
+        check_tunable({target.fqn: target.module for target in targets}, "finetune")
+        _check_apart(chosen)
     settings = {"config": config, "finetune": finetune, "true_sequential": true_sequential}
     settings = {name: as_json(value) for name, value in settings.items()}
     tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
@@ -138,17 +143,17 @@ def calibrate(
     finally:
         model.train(training)
     record = watch.record({**settings, "blocks": len(chosen)}, data, resumed=bool(run.finished_layers))
-    return CalibrationReport(tuple(run.layers), (), skipped | dense_stacks, tuple(run.tuned), record)
+    return CalibrationReport(tuple(run.layers), (), skipped | dense_stacks | run.skipped, tuple(run.tuned), record)
 
 
 def _to_prepare(
     model: nn.Module, config: AQLMWeightConfig | FqnToConfig, blocks: Sequence[nn.Module]
 ) -> tuple[AQLMWeightConfig | FqnToConfig, list[Target], dict[str, str]]:
     """The config at step "prepare", the layers of the blocks that it applies to, and why not to the others."""
-    inside = members(linears_of(blocks))
     if isinstance(config, AQLMWeightConfig):
         config = replace(config, step="prepare")
-        return config, *find_targets(model, config, inside)
+        return config, *find_targets(model, config, members(linears_of(blocks)))
+    inside = members([module for block in blocks for module in block.modules()])
     at_step = {
         key: replace(one, step="prepare") if isinstance(one, AQLMWeightConfig) else one
         for key, one in config.fqn_to_config.items()
@@ -160,6 +165,19 @@ def _to_prepare(
     if not targets:
         raise ValueError(f"no layer that config names is in the blocks: it names {', '.join(list(at_step)[:5])}")
     return config, targets, skipped | dict.fromkeys(outside, "it is in none of the blocks")
+
+
+def _check_apart(blocks: Sequence[nn.Module]) -> None:
+    """Raise if fine-tuning one block would change another."""
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            first = owners.setdefault(id(parameter), index)
+            if first != index:
+                raise ValueError(
+                    f"blocks {first} and {index} share {name}, so that tuning one would change the other: leave out "
+                    "finetune"
+                )
 
 
 def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None, ranks: Ranks) -> None:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
+from aqlm_tensor.blocks import linears_of
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.handler import LayerReport
 from aqlm_tensor.quantizer.hessian import HessianAccumulator
@@ -32,6 +33,8 @@ from aqlm_tensor.targets import why_incompatible
 from aqlm_tensor.tensor import AQLMTensor
 
 __all__ = ["ExpertObserver", "ExpertStack", "completed", "find_stacks", "one_by_one", "quantize_expert"]
+
+_TRANSPOSED = "its experts are stored as [E, in, out], which codes cannot express"
 
 
 @dataclass(frozen=True)
@@ -80,31 +83,42 @@ def find_stacks(
     Raises:
         ValueError: if a stack cannot be quantized and its config does not say "skip".
     """
-    inside = {id(module) for block in blocks for module in block.modules()}
+    widths = {id(module): width for block in blocks for width in [_width(block)] for module in block.modules()}
     stacks: list[ExpertStack] = []
     skipped: dict[str, str] = {}
     for fqn, module in model.named_modules():
-        if id(module) not in inside:
+        if id(module) not in widths:
             continue
+        transposed = _is_transposed(module, widths[id(module)])
         for name, parameter in module.named_parameters(prefix=fqn, recurse=False):
             own = config.fqn_to_config.get(name) if isinstance(config, FqnToConfig) else config
             named = "expert" in f"{name} {type(module).__name__}".lower()
             if not named or parameter.dim() != 3 or not isinstance(own, AQLMWeightConfig):
                 continue
             stack = ExpertStack(name, module, own)
-            reason = _why_not(stack, parameter)
+            reason = _TRANSPOSED if transposed else _why_not(stack, parameter)
             if reason is None:
                 stacks.append(stack)
-            elif own.on_incompatible == "skip" or getattr(module, "is_transposed", False):
+            elif own.on_incompatible == "skip" or transposed:
                 skipped[name] = reason
             else:
                 raise ValueError(f'{name} cannot be quantized to {own.scheme}: {reason}; pass on_incompatible="skip"')
     return stacks, skipped
 
 
+def _width(block: nn.Module) -> int | None:
+    """Of the hidden state: what the block's first linear layer reads."""
+    return next((layer.in_features for layer in linears_of([block])), None)
+
+
+def _is_transposed(module: nn.Module, width: int | None) -> bool:
+    """Whether experts that read vectors of such a width are stored as [E, in, out]."""
+    first = next((one for one in module.parameters(recurse=False) if one.dim() == 3), None)
+    marked = getattr(module, "is_transposed", False)
+    return marked or (first is not None and first.shape[1] == width != first.shape[2])
+
+
 def _why_not(stack: ExpertStack, weight: Tensor) -> str | None:
-    if getattr(stack.module, "is_transposed", False):
-        return "its experts are stored as [E, in, out], which codes cannot express"
     if isinstance(weight, AQLMTensor):
         raise ValueError(f"{stack.fqn} is already quantized: load the dense model to quantize it again")
     rows, inputs = weight.shape[1:]

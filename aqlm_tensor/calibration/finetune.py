@@ -11,7 +11,7 @@ them, so that all processes stay equal, and to what one alone would be.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from aqlm_tensor.pv.layers import tuned_weights
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.training import held_out
 
-__all__ = ["FinetuneConfig", "finetune_block"]
+__all__ = ["FinetuneConfig", "check_tunable", "finetune_block"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,24 @@ class FinetuneConfig:
             ValueError: for fewer than two batches.
         """
         return held_out(batches, self.validation, "fine-tuning")
+
+
+def check_tunable(layers: Mapping[str, nn.Linear], option: str) -> None:
+    """Raise unless all of these layers, once quantized, can be trained.
+
+    Args:
+        layers: by name.
+        option: what asks for it.
+
+    Raises:
+        ValueError: naming the first that cannot.
+    """
+    for fqn, layer in layers.items():
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"{fqn} is a {type(layer).__name__}, of which only the base class nn.Linear can be "
+                f"trained: leave out {option}"
+            )
 
 
 def finetune_block(

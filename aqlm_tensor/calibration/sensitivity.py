@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from aqlm_tensor.blocks import find_blocks, linears_of, members
 from aqlm_tensor.calibration.allocation import Allocation, Choice, LayerGroup, check_budget, choose_schemes
 from aqlm_tensor.calibration.block_calls import BlockCalls
+from aqlm_tensor.calibration.experts import find_stacks
 from aqlm_tensor.config import AQLMWeightConfig
 from aqlm_tensor.fusion import SIBLINGS
 from aqlm_tensor.quantizer.layer import quantize_layer
@@ -139,7 +140,8 @@ def measure_schemes(
         on_progress: called with (steps done, steps in all).
 
     Raises:
-        ValueError: if no layer can be quantized with any of the schemes, or batches are not token ids.
+        ValueError: if no layer can be quantized with any of the schemes, there are stacks of experts, or batches are
+            not token ids.
     """
     if not batches or any(not isinstance(batch, Tensor) or batch.dim() != 2 for batch in batches):
         raise ValueError("batches must be token ids [B, seqlen], at least one")
@@ -174,7 +176,12 @@ class _Progress:
 def _layers(
     model: nn.Module, config: AQLMWeightConfig, schemes: Sequence[str], blocks: Sequence[nn.Module]
 ) -> list[_Layer]:
-    """The layers that at least one scheme fits, one for each shared weight."""
+    """The layers that at least one scheme fits."""
+    stacks, _ = find_stacks(model, replace(config, on_incompatible="skip"), blocks)
+    if stacks:
+        raise ValueError(
+            f"the sensitivity of stacks of experts ({stacks[0].fqn}) cannot be measured: choose one scheme"
+        )
     fitting: dict[str, list[str]] = {}
     modules: dict[str, nn.Linear] = {}
     wanted, reasons = members(linears_of(blocks)), []

@@ -7,7 +7,7 @@ import torch
 
 from aqlm_tensor.calibration.sources import TextFile, TokenFile, read_file, tokens_of
 from aqlm_tensor.cli.output import UsageError, phase, usage
-from aqlm_tensor.hf_model import MissingTokenizerError, ModelSource, find_model, load_model
+from aqlm_tensor.hf_model import ModelSource, UnsuitableModelError, find_model, load_model
 
 __all__ = ["held_out", "held_out_tokens", "open_model", "parse_device", "parse_dtype", "parse_rows"]
 
@@ -79,5 +79,5 @@ def open_model(
     try:
         with phase(f"loading {source}"):
             return load_model(source, dtype=chosen, device=target, needs_tokenizer=needs_tokenizer)
-    except MissingTokenizerError as error:
+    except UnsuitableModelError as error:
         raise UsageError(str(error)) from None

@@ -5,16 +5,15 @@ from typing import Any
 import torch
 
 from aqlm_tensor import AQLMWeightConfig
-from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.activations import PLACES, Place
-from aqlm_tensor.calibration.experts import find_stacks
 from aqlm_tensor.calibration.memory_model import MemoryEstimate, estimate_memory
 from aqlm_tensor.calibration.report import Phase
 from aqlm_tensor.calibration.time_model import estimate_seconds
 from aqlm_tensor.cli.arguments import parse_dtype
-from aqlm_tensor.cli.output import UsageError, emit, note, print_json, usage
+from aqlm_tensor.cli.fit import find_fit
+from aqlm_tensor.cli.output import UsageError, emit, print_json, usage
 from aqlm_tensor.cli.progress import tuning, windows_at_once
-from aqlm_tensor.hf_model import ModelSource, find_model, quiet
+from aqlm_tensor.hf_model import ModelSource, find_model, language_model, quiet
 
 __all__ = ["run"]
 
@@ -38,13 +37,11 @@ def run(
     with usage():
         config = AQLMWeightConfig(scheme, on_incompatible="skip")
         model = _shapes(find_model(model_path, gguf_file), parse_dtype(dtype))
+        find_fit(model, [config], stacks_too=True)
         tokens, at_once = nsamples * seqlen, seqlen * (1 if finetune else windows_at_once(nsamples, seqlen))
         shared: dict[str, Any] = {"tokens": tokens, "batch_tokens": at_once, "processes": processes}
         estimate = estimate_memory(model, config, **shared, finetune=finetune, keep_inputs=keep_inputs)
         seconds = estimate_seconds(model, config, **shared, finetune=tuning(nsamples) if finetune else None)
-    skipped = find_stacks(model, config, list(find_blocks(model)))[1]
-    if skipped:
-        note(f"{len(skipped)} stacks of experts stay dense: {next(iter(skipped.values()))}", style="yellow")
     if as_json:
         sizes = {"host": estimate.host, "work_dir": estimate.work_dir, "result": estimate.result}
         print_json({"device": estimate.device, "device_peak": estimate.peak, **sizes, "seconds_on_h100": seconds})
@@ -57,13 +54,10 @@ def _shapes(source: ModelSource, dtype: Any) -> Any:
     if source.kind == "aqlm":
         raise ValueError(f"{source} is quantized already: pass the dense model")
     with quiet(), torch.device("meta"):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        options: dict[str, Any] = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, **options)
+        config, auto = language_model(source)
         if dtype == "auto":
             dtype = torch.float32 if source.kind == "gguf" else config.dtype or torch.float32
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto.from_config(config, dtype=dtype)
 
 
 def _print(estimate: MemoryEstimate, seconds: dict[Phase, float], processes: int) -> None:

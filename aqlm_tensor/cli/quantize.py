@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime as dt
-import errno
 import json
 import os
 import shutil
@@ -16,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from aqlm_tensor import AQLMWeightConfig, CalibrationReport, QuantizationReport
-from aqlm_tensor.blocks import find_blocks, in_blocks, linears_of
+from aqlm_tensor.blocks import find_blocks
 from aqlm_tensor.calibration.activations import PLACES
+from aqlm_tensor.calibration.finetune import check_tunable
 from aqlm_tensor.calibration.sources import Source, TextFile, TokenFile, needs_tokenizer, parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
 from aqlm_tensor.cli.arguments import held_out, held_out_tokens, open_model, parse_device
 from aqlm_tensor.cli.evaluation import Evaluation
+from aqlm_tensor.cli.fit import Fit, check_space, find_fit
 from aqlm_tensor.cli.output import UsageError, emit, note, phase, print_json, stderr, stdout, usage
 from aqlm_tensor.cli.prepare import Kept, Prepared, Wanted, prepare
 from aqlm_tensor.cli.progress import (
@@ -33,12 +34,12 @@ from aqlm_tensor.cli.progress import (
 )
 from aqlm_tensor.cli.report import error_table
 from aqlm_tensor.cli.saved_report import REPORT_NAME, write_report
-from aqlm_tensor.cli.tune import check_model, check_tune, tune_with_bar, write_tuning_report
+from aqlm_tensor.cli.tune import check_model, check_shard, check_tune, tune_with_bar, write_tuning_report
 from aqlm_tensor.hf_model import ModelSource, find_model, save_model
 from aqlm_tensor.pv.report import PVReport
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.scheme import AQLMScheme
-from aqlm_tensor.targets import find_targets
+from aqlm_tensor.targets import check_layer
 
 __all__ = ["Options", "run"]
 
@@ -109,13 +110,14 @@ def run(options: Options) -> None:
     plan = _plan(options)
     group, device = join_ranks(options.device, options.by_block)
     options, ranks = replace(options, device=device), Ranks(group)
+    if options.shard:
+        check_shard(options.tune, ranks)
     # block by block, one block at a time goes to the device
     home = "cpu" if options.by_block else device
     model, tokenizer = open_model(plan.source, None, options.dtype, home, needs_tokenizer=plan.needs_tokenizer)
     if tokenizer is None:
         note(f"{plan.source} holds no tokenizer, so {options.out} will not, either", style="yellow")
-    check_model(model, plan.config, options.tune, options.shard, ranks)
-    layers = _check_space(model, plan.config, options.out, options.bits)
+    fit = _fit(options, plan, model, ranks)
     measured = None
     if plan.held_out is not None and ranks.rank == 0:
         measured = held_out_tokens(plan.held_out, tokenizer, model)
@@ -124,7 +126,7 @@ def run(options: Options) -> None:
     prepared = _prepare(options, plan, model, tokenizer, ranks, kept)
     with _resumable(options.work):
         evaluated.measure("dense", 0)
-        report = _quantize(options, plan, model, prepared, layers, group, evaluated)
+        report = _quantize(options, plan, model, prepared, len(fit.layers), group, evaluated)
         tuned = _tune(options, plan, model, prepared, group)
         if tuned is not None:
             evaluated.measure("tuned", len(find_blocks(model)))
@@ -132,7 +134,7 @@ def run(options: Options) -> None:
             return
         if isinstance(report, CalibrationReport):
             report = replace(report, perplexity=tuple(evaluated.points))
-        _save(options, model, tokenizer, report, tuned, prepared)
+        _save(options, plan, model, tokenizer, report, tuned, prepared)
     if options.work is not None and options.work_dir is None:
         shutil.rmtree(options.work)
     if kept is not None:
@@ -151,7 +153,7 @@ def _plan(options: Options) -> _Plan:
     check_tune(options.tune, options.nsamples)
     with usage():
         plan = _Plan(
-            AQLMWeightConfig(options.scheme, seed=options.seed),
+            AQLMWeightConfig(options.scheme, seed=options.seed, on_incompatible="skip", on_unobserved="skip"),
             tuple(str(AQLMScheme.parse(one)) for one in options.schemes.split(",")),
             None if options.data is None else parse_source(options.data),
             find_model(options.model, options.gguf_file),
@@ -185,6 +187,23 @@ def _check_options(options: Options) -> None:
         raise UsageError("--eval-every needs --eval-data: the text to measure perplexity on")
     if options.keep_inputs not in PLACES:
         raise UsageError(f"--keep-inputs {options.keep_inputs!r} is unknown: choose one of {', '.join(PLACES)}")
+
+
+def _fit(options: Options, plan: _Plan, model: Any, ranks: Ranks) -> Fit:
+    """What will be quantized, after checking that all of it, and what else was asked for, can be done."""
+    configs = [plan.config]
+    if options.bits is not None:
+        configs = [replace(plan.config, scheme=scheme) for scheme in plan.schemes]
+    fit = find_fit(model, configs, stacks_too=options.by_block and options.bits is None)
+    if options.tune is not None:
+        check_model(fit, options.shard, ranks)
+    with usage():
+        for fqn, layer in fit.layers.items():
+            check_layer(layer, plan.config, fqn)
+        if options.finetune:
+            check_tunable(fit.layers, "--finetune")
+    check_space(model, fit, AQLMScheme.parse(plan.config.scheme), options.bits, options.out)
+    return fit
 
 
 def _prepare(options: Options, plan: _Plan, model: Any, tokenizer: Any, ranks: Ranks, kept: Kept | None) -> Prepared:
@@ -258,12 +277,18 @@ def _tune(options: Options, plan: _Plan, model: Any, prepared: Prepared, group: 
 
 
 def _save(
-    options: Options, model: Any, tokenizer: Any, report: QuantizationReport, tuned: PVReport | None, prepared: Prepared
+    options: Options,
+    plan: _Plan,
+    model: Any,
+    tokenizer: Any,
+    report: QuantizationReport,
+    tuned: PVReport | None,
+    prepared: Prepared,
 ) -> None:
     """Write the folder, with what there is to report."""
     out = options.out
     with phase(f"saving {out}"):
-        save_model(model, tokenizer, out, force=options.force)
+        save_model(model, tokenizer, out, source=plan.source, force=options.force)
         if tuned is not None:
             write_tuning_report(tuned, out)
         if isinstance(report, CalibrationReport):
@@ -297,30 +322,6 @@ def _resumable(work: Path | None) -> Iterator[None]:
         if work is not None and work.is_dir():
             error.add_note(f"finished layers are kept in {work}: run the same command with --resume to go on")
         raise
-
-
-def _check_space(model: Any, config: AQLMWeightConfig, out: Path, bits: float | None) -> int:
-    """The number of layers that will be quantized, after checking that the scheme fits and the result has space."""
-    with usage():
-        if bits is None:
-            weights = [target.module.weight for target in find_targets(model, config, in_blocks(model))[0]]
-        else:
-            weights = [layer.weight for layer in linears_of(find_blocks(model))]
-    scheme = AQLMScheme.parse(config.scheme)
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    for weight in weights:
-        stored = scheme.stored_bits(*weight.shape, float_bits=8 * weight.element_size())
-        needed += int(stored if bits is None else bits * weight.numel()) // 8 - weight.nbytes
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"not enough space: the result takes {needed / 1e6:.0f} MB, free are {free / 1e6:.0f} MB; choose another "
-            "folder or make room",
-            str(out),
-        )
-    return len(weights)
 
 
 def _print(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqlm_tensor import AQLMWeightConfig, PVConfig, tune_pv
-from aqlm_tensor.blocks import find_blocks, linears_of
-from aqlm_tensor.calibration.experts import find_stacks
+from aqlm_tensor import PVConfig, tune_pv
+from aqlm_tensor.calibration.finetune import check_tunable
 from aqlm_tensor.cli.arguments import open_model
+from aqlm_tensor.cli.fit import Fit
 from aqlm_tensor.cli.output import UsageError, bar, usage
 from aqlm_tensor.cli.progress import tuning
 from aqlm_tensor.hf_model import ModelSource
@@ -20,7 +20,7 @@ from aqlm_tensor.pv.report import PVReport, PVRound
 from aqlm_tensor.pv.sharded import gather_into, sharded_copy
 from aqlm_tensor.ranks import Ranks
 
-__all__ = ["TUNING_REPORT_NAME", "check_model", "check_tune", "tune_with_bar", "write_tuning_report"]
+__all__ = ["TUNING_REPORT_NAME", "check_model", "check_shard", "check_tune", "tune_with_bar", "write_tuning_report"]
 
 TUNING_REPORT_NAME = "tuning_report.json"
 _GRADIENT_MEMORY = 4 << 30  # of each process, for choosing codes of a sharded model
@@ -41,22 +41,28 @@ def check_tune(tune: str | None, windows: int) -> None:
         )
 
 
-def check_model(model: Any, config: AQLMWeightConfig, tune: str | None, shard: bool, ranks: Ranks) -> None:
+def check_shard(tune: str | None, ranks: Ranks) -> None:
+    """Refuse to divide models without need.
+
+    Raises:
+        UsageError: naming what is missing.
+    """
+    if tune is None or ranks.size == 1:
+        raise UsageError("--shard divides models while --tune tunes them, over several processes: start it by torchrun")
+
+
+def check_model(fit: Fit, shard: bool, ranks: Ranks) -> None:
     """Refuse, before anything is quantized, to tune what cannot be tuned, and to divide what cannot be divided.
 
     Raises:
         UsageError: naming what stands in the way.
     """
+    if fit.stacks:
+        raise UsageError(f"--tune cannot tune stacks of experts, such as {fit.stacks[0].fqn}: leave it out")
     with usage():
-        stacks = [] if tune is None else find_stacks(model, config, list(find_blocks(model)))[0]
-    if stacks:
-        raise UsageError(f"--tune cannot tune stacks of experts, such as {stacks[0].fqn}: leave it out")
-    if not shard:
-        return
-    if tune is None or ranks.size == 1:
-        raise UsageError("--shard divides models while --tune tunes them, over several processes: start it by torchrun")
-    for layer in linears_of(find_blocks(model)):
-        if layer.out_features % ranks.size:
+        check_tunable(fit.layers, "--tune")
+    for layer in fit.layers.values():
+        if shard and layer.out_features % ranks.size:
             raise UsageError(
                 f"--shard: {ranks.size} processes do not divide the {layer.out_features} rows of a layer: use another "
                 "number"

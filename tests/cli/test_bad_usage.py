@@ -26,7 +26,18 @@ BAD: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     ),
     "nothing to measure on": (lambda f: ["quantize", f / "dense", f / "new", "--bits", "2.5"], "need --data"),
     "too few bits": (
-        lambda f: ["quantize", f / "dense", f / "new", "--bits", "1", "--data", f / "text.txt", "--seqlen", "64"],
+        lambda f: [
+            "quantize",
+            f / "dense",
+            f / "new",
+            "--bits",
+            "1",
+            "--schemes",
+            "1x4g8",
+            *QUICK[2:],
+            "--data",
+            f / "text.txt",
+        ],
         "1 bits a weight cannot be reached",
     ),
     "unknown candidate": (
