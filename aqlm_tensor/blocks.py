@@ -32,7 +32,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     """A model's repeated blocks, in order.
 
     These are the members of the nn.ModuleList, nn.ModuleDict or nn.Sequential with the most linear layers in them,
-    where the members are more than linear layers themselves. In a Transformers model of several parts (a vision tower
+    where the members are more than linear layers themselves (beside several of them, linear layers are passed over: an
+    embedding of images, a head). In a Transformers model of several parts (a vision tower
     and a language model, an encoder and a decoder) only its decoder is looked at.
 
     Raises:
@@ -42,10 +43,11 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     for module in _decoder(model).modules():
         if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
-        blocks = [child for child in module.children() if linears_of([child])]
-        repeated = not any(isinstance(block, nn.Linear) for block in blocks)
-        if repeated and blocks and len(linears_of(blocks)) >= len(linears_of(most)):  # of two in each other the inner
-            most = module if isinstance(module, nn.ModuleList) else nn.ModuleList(blocks)
+        found = [child for child in module.children() if linears_of([child])]
+        blocks = [child for child in found if not isinstance(child, nn.Linear)]
+        repeated = len(blocks) > 1 or (blocks and len(blocks) == len(found))
+        if repeated and len(linears_of(blocks)) >= len(linears_of(most)):  # of two in each other the inner
+            most = module if isinstance(module, nn.ModuleList) and blocks == found else nn.ModuleList(blocks)
     if not linears_of(most):
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList (nor nn.Sequential) of blocks with nn.Linear layers: use "
@@ -74,13 +76,15 @@ def members(modules: Sequence[nn.Module]) -> Callable[[nn.Module, str], bool]:
 
 
 def linears_of(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """The linear layers in some modules, in order, but for routers of experts.
+    """The linear layers in some modules, in order, but for routers of experts and nn.MultiheadAttention's out_proj.
 
-    Those hold next to nothing, and an error in them does not change an output a little but sends tokens elsewhere.
+    Routers hold next to nothing, and an error in them does not change an output a little but sends tokens elsewhere.
+    MultiheadAttention reads weights without calling layers, so that their inputs cannot be seen.
     """
     parts = [part for module in modules for part in module.modules()]
-    routers = {id(layer) for part in parts if hasattr(part, "experts") for layer in _routers(part)}
-    return [part for part in parts if isinstance(part, nn.Linear) and id(part) not in routers]
+    left_out = {id(layer) for part in parts if hasattr(part, "experts") for layer in _routers(part)}
+    left_out |= {id(part) for part in parts if isinstance(part, nn.modules.linear.NonDynamicallyQuantizableLinear)}
+    return [part for part in parts if isinstance(part, nn.Linear) and id(part) not in left_out]
 
 
 def _routers(mixture: nn.Module) -> list[nn.Module]:

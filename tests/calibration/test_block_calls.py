@@ -69,6 +69,20 @@ def to_and_from(count: int = 3) -> list[Batch]:
 
 
 SLIDING = {**GROUPED, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+class Encoder(nn.Module):
+    """torch's own blocks; the attention reads its weights without calling layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layers(self.embedding(tokens))
+
+
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]], str]] = {
     "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)), padded, "LlamaDecoderLayer"),
     "gpt-neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**MLP)), token_ids, "GPTNeoXLayer"),
@@ -93,6 +107,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Batch]
         "T5Block",
     ),
     "llava": (llava, with_images, "Qwen2DecoderLayer"),
+    "torch": (Encoder, token_ids, "TransformerEncoderLayer"),
 }
 
 
@@ -241,6 +256,12 @@ def test_blocks_in_other_containers_are_found() -> None:
     assert list(find_blocks(model)) == list(model.layers.values())
     sequence = nn.Sequential(nn.Embedding(4, 8), *(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(3)))
     assert [type(block).__name__ for block in find_blocks(sequence)] == ["TransformerEncoderLayer"] * 3
+    sequence = nn.Sequential(
+        nn.Linear(4, 8), *(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2)), nn.Linear(8, 4)
+    )
+    assert list(find_blocks(sequence)) == list(sequence)[1:-1]
+    backbone = nn.Sequential(nn.Linear(4, 8), Stack())
+    assert list(find_blocks(nn.Sequential(backbone, nn.Linear(8, 2)))) == list(backbone[1].layers.values())  # pyright: ignore
     inner = nn.ModuleList(Stack() for _ in range(2))
     assert find_blocks(nn.Sequential(inner)) is inner
 
