@@ -29,9 +29,13 @@ def check_arguments(
     if isinstance(batches, Tensor) or not isinstance(batches, Sequence):
         raise TypeError(f"batches must be a sequence of token ids [B, seqlen], got {type(batches).__name__}")
     for number, batch in enumerate(batches):
-        if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point() or batch.shape[1] < 2:
+        if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point():
             found = f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"batch {number} must be token ids [B, seqlen] with seqlen at least 2, got {found}")
+            raise ValueError(f"batch {number} must be token ids [B, seqlen], got {found}")
+        if len(batch) == 0 or batch.shape[1] < 2:
+            raise ValueError(
+                f"batch {number} must hold windows of at least 2 tokens, got shape {tuple(batch.shape)} [B, seqlen]"
+            )
     reshard(model)
     check_layers(model)
     check_sharding(model, config, ranks)

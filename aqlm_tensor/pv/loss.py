@@ -1,10 +1,12 @@
 """What `tune_pv` lowers: the divergence from a teacher's next-token distributions, or the loss on the text itself.
 
-Logits are widened to float32 some positions at a time and computed again in the backward pass: a whole batch of them
-would be the largest tensor of all. Teachers that do not fit beside the model can be run before it is quantized, and
+Logits are widened to float32 some positions at a time, since a whole batch of them would be the largest tensor of all.
+The divergence from a teacher leaves nothing for the backward pass but its gradient; other losses are computed again
+there. Teachers that do not fit beside the model can be run before it is quantized, and
 their most likely tokens kept (`teacher_logits`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -133,41 +135,51 @@ def token_loss(logits: Tensor, batch: Tensor, target: Tensor | TopLogits | None)
     """
     if target is None:
         parts: tuple[Tensor, ...] = (batch[:, 1:].to(logits.device, torch.int64),)
-        logits, function = logits[:, :-1], _negative_log_likelihood
+        logits, function = logits[:, :-1], _recomputed(_negative_log_likelihood)
     elif isinstance(target, TopLogits):
-        parts, function = (target.log_probs, target.indices), _top_divergence
+        parts, function = (target.log_probs, target.indices), _recomputed(_top_divergence)
     else:
         if target.shape != logits.shape:
             raise ValueError(
                 f"the teacher's logits have shape {tuple(target.shape)}, the model's {tuple(logits.shape)}: they must "
                 "be of the same vocabulary"
             )
-        parts, function = (target,), _divergence
+        parts, function = (target,), _Divergence.apply
     rows = logits.flatten(0, 1)
     columns = [part.to(logits.device, non_blocking=True).flatten(0, 1) for part in parts]
     total = torch.zeros((), device=logits.device)
-    for start in range(0, len(rows), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        total = total + _recomputed(function, rows[chunk], *(column[chunk] for column in columns))
+    with torch.autocast(logits.device.type, enabled=False):
+        for start in range(0, len(rows), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            total = total + function(rows[chunk], *(column[chunk] for column in columns))
     return total / len(rows)
 
 
-def _recomputed(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    """function(*operands), keeping only the operands for the backward pass; never in autocast's dtype."""
-    with torch.autocast(operands[0].device.type, enabled=False):
-        if not torch.is_grad_enabled():
-            return function(*operands)
-        return checkpoint(function, *operands, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that keeps only its operands for the backward pass."""
+    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Divergence(torch.autograd.Function):
+    """Kullback-Leibler divergence of logits [N, vocabulary] from a teacher's, in nats, summed over N."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor) -> Tensor:
+        own, wanted = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        likely = wanted.exp()
+        total = wanted.sub_(own).mul_(likely).sum()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(own.exp_().sub_(likely).to(logits.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * gradients[0], None
 
 
 def _negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), tokens, reduction="sum")
-
-
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    return nn.functional.kl_div(
-        logits.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="sum", log_target=True
-    )
 
 
 def _top_divergence(logits: Tensor, log_probs: Tensor, indices: Tensor) -> Tensor:

@@ -59,3 +59,19 @@ def test_losses_agree_with_float64() -> None:
     )
     text = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch[:, 1:].flatten())
     assert float(token_loss(logits, batch, None)) == pytest.approx(float(text), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_divergence(dtype: torch.dtype) -> None:
+    """Against float64, for more positions than are taken at a time."""
+    logits, teacher = torch.randn(2, 700, 50).to(dtype), torch.randn(2, 700, 50).to(dtype)
+    wide = logits.double().requires_grad_(True)
+    p = teacher.double().log_softmax(-1)
+    (p.exp() * (p - wide.log_softmax(-1))).sum(-1).mean().backward()
+    logits.requires_grad_(True)
+    (3 * token_loss(logits, torch.zeros(2, 700, dtype=torch.int64), teacher)).backward()
+    assert logits.grad is not None
+    assert wide.grad is not None
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+    error = logits.grad.double() / 3 - wide.grad
+    assert error.norm() <= rounding * wide.grad.norm()

@@ -64,6 +64,8 @@ def test_bad_arguments_are_errors_before_any_change() -> None:
         (dense, torch.stack(data), TypeError, "sequence"),
         (dense, [*data, torch.zeros(4, 16)], ValueError, "batch 12 must be token ids"),
         (dense, [torch.zeros(4, dtype=torch.int64)] * 3, ValueError, "batch 0 must be token ids"),
+        (dense, [*data, data[0][:0]], ValueError, "batch 12 must hold windows"),
+        (dense, [*data, data[0][:, :1]], ValueError, "batch 12 must hold windows"),
     ]
     for teacher, given, error, message in cases:
         with pytest.raises(error, match=message):
