@@ -221,7 +221,12 @@ class AQLMTensor(TorchAOBaseTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func not in cls._ATEN_OP_TABLE[cls]:
+            # in inference mode, where nothing above takes composite ops apart
+            result = func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
+            if result is not NotImplemented:
+                return result
             raise NotImplementedError(
                 f"{func} is not defined on an AQLMTensor: call `.dequantize()` first to work on the dense weight"
             )
@@ -230,7 +235,10 @@ class AQLMTensor(TorchAOBaseTensor):
                 f"{func} works below autograd, where the gradient to codebooks and scales would get lost: call it on "
                 "`.detach()`, or compute with the three tensors"
             )
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+        if func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference():
+            with torch.inference_mode(False):  # a view of an ordinary tensor is one, too
+                return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def share_memory_(self) -> Self:
         """Move the inner tensors to shared memory, in place."""

@@ -6,6 +6,7 @@ can be stacked, concatenated and split; so each gets a copy that first makes one
 runs the reverse converters on the weights before these are taken apart.
 """
 
+import re
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, cast
@@ -33,6 +34,7 @@ __all__ = [
     "is_ours",
     "linear_converter",
     "original_of",
+    "stack_converter",
     "with_parts",
 ]
 
@@ -104,6 +106,19 @@ def linear_converter(problems: Problems, *then: ConversionOps) -> WeightConverte
     return WeightConverter(sources, r"\1.weight", [Deserialize(problems), ToParameters(), *then])
 
 
+def stack_converter(model: nn.Module, problems: Problems) -> WeightConverter | None:
+    """X.codes, X.codebooks, X.scales to X, for stacks of experts that checkpoints hold as such; None without any."""
+    names = {name for name, weight in model.named_parameters() if weight.dim() == 3 and not name.endswith(".weight")}
+    if not names:
+        return None
+    patterns = sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names})
+    # the checkpoint's names may lack the name of the base model, or have it where the model lacks it
+    base = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
+    stacks = "|".join(pattern.removeprefix(base) for pattern in patterns)
+    sources = [rf"^((?:.+\.)?(?:{stacks}))\.{part}$" for part in PARTS]
+    return WeightConverter(sources, r"\1", [Deserialize(problems), ToParameters()])
+
+
 def with_parts(converter: WeightConverter, problems: Problems) -> WeightConverter | None:
     """A copy of a model's converter that reads quantized weights; None if it does not read weights."""
     sources = [pattern.removesuffix("$") for pattern in converter._original_source_patterns]
@@ -138,7 +153,7 @@ def checkpoint_weights(model: Any, weights: dict[str, AQLMTensor]) -> dict[str, 
         weights: by parameter name; fused and merged ones come apart as the model's conversions say.
 
     Returns:
-        For each name that `save_pretrained` will still rename, its name in the checkpoint and the piece.
+        For each name that `save_pretrained` will still rename, its layer's name in the checkpoint and the piece.
 
     Raises:
         ValueError: for a weight that the reversed conversion cannot handle as codes.
@@ -159,7 +174,12 @@ def checkpoint_weights(model: Any, weights: dict[str, AQLMTensor]) -> dict[str, 
     for name, converter in pending.items():
         for target, value in converter.convert(name, model=model, config=model.config).items():
             pieces[target] = value[0] if isinstance(value, list) else value
-    return {name: (apply_renamings(name, renamings), piece) for name, piece in pieces.items()}
+    return {name: (_stored_layer(name, renamings), piece) for name, piece in pieces.items()}
+
+
+def _stored_layer(name: str, renamings: list[WeightRenaming]) -> str:
+    """What save_pretrained makes of the X in the names X.codes, X.codebooks and X.scales of a weight's parts."""
+    return apply_renamings(f"{name.removesuffix('.weight')}.codes", renamings).removesuffix(".codes")
 
 
 def checkpoint_names(model: Any, names: Iterable[str]) -> list[str]:

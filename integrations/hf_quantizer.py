@@ -25,6 +25,7 @@ from aqlm_tensor.integrations.hf_conversion import (
     is_ours,
     linear_converter,
     original_of,
+    stack_converter,
     with_parts,
 )
 from aqlm_tensor.integrations.hf_on_the_fly import QuantizeWeight, WeightTarget, targets_of
@@ -100,6 +101,7 @@ class AqlmQuantizer(HfQuantizer):
         parts = [
             with_parts(entry, self._problems) for entry in weight_conversions if isinstance(entry, WeightConverter)
         ]
+        parts.append(stack_converter(model, self._problems))
         alone = linear_converter(self._problems, KeepPart(self._parallel))
         transforms = [*weight_conversions, *(entry for entry in parts if entry is not None), alone]
         if first and self._files is not None:
@@ -153,13 +155,11 @@ class AqlmQuantizer(HfQuantizer):
             if weight.orientation != "matrix":
                 raise ValueError(f"{name} is a {weight.orientation} view of an AQLM weight, which no checkpoint holds")
         pieces = checkpoint_weights(model, weights)
-        schemes = {stored.removesuffix(".weight"): piece.scheme for stored, piece in pieces.values()}
+        schemes = {stored: piece.scheme for stored, piece in pieces.values()}
         if schemes:
             self.quantization_config = _updated(self.quantization_config, model, schemes)
             model.config.quantization_config = self.quantization_config
-        elif hasattr(
-            model.config, "quantization_config"
-        ):  # all dense by now, as after a merge of adapters
+        elif hasattr(model.config, "quantization_config"):  # all dense by now, as after a merge of adapters
             del model.config.quantization_config
         plain = {
             name: value

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchao
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torchao.quantization import FqnToConfig
@@ -91,6 +92,31 @@ def test_saved_while_it_is_trained(name: str, tmp_path: Path) -> None:
     expected = logits_of(model)
     assert torch.equal(logits_of(load(fresh(name), tmp_path / "ours")), expected)
     assert torch.equal(logits_of(FAMILIES[name].auto.from_pretrained(tmp_path / "theirs")), expected)
+
+
+def test_stacks_of_experts_that_are_stored_as_stacks(tmp_path: Path) -> None:
+    """Granite's checkpoints hold `input_linear.weight`, which Transformers renames to `experts.gate_up_proj`."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 32}
+    settings = transformers.GraniteMoeConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    )
+    model: Any = transformers.GraniteMoeForCausalLM(settings).eval()
+    quantize_(model, config("2x4g8"))
+    for seed, layer in enumerate(model.model.layers):
+        experts = layer.block_sparse_moe.experts
+        for name in ("gate_up_proj", "down_proj"):
+            weight = random_weight("1x4g8", *getattr(experts, name).shape[1:], experts=4, seed=seed)
+            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+    model.save_pretrained(tmp_path / "theirs")
+    save(model, tmp_path / "ours")
+    assert (
+        "model.layers.1.block_sparse_moe.input_linear.weight"
+        in section_of(tmp_path / "theirs")["aqlm_tensor"]["schemes"]
+    )
+    for folder in ("ours", "theirs"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert isinstance(loaded.model.layers[1].block_sparse_moe.experts.down_proj, AQLMTensor)
+        assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

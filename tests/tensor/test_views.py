@@ -65,6 +65,21 @@ def test_views(name: str, transposed: bool, partitions: int, experts: int) -> No
         assert view.codes.untyped_storage().data_ptr() == w.codes.untyped_storage().data_ptr(), "not a view"
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["matrix", "transposed"])
+@pytest.mark.parametrize("experts", [0, 3])
+def test_views_in_inference_mode(transposed: bool, experts: int) -> None:
+    """Composite ops arrive whole there, and a view of an ordinary tensor is to be an ordinary tensor."""
+    outside = random_weight(experts=experts)
+    with torch.inference_mode():
+        inside = random_weight(experts=experts)
+        for made in (outside, inside):
+            w = as_aqlm(made.mT) if transposed else made
+            assert w.is_inference() == (made is inside)
+            for function in ALWAYS.values():
+                assert torch.equal(as_aqlm(function(w)).dequantize(), function(w.dequantize()))
+            assert as_aqlm(w.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
 @given(data=st.data(), out_group=st.sampled_from([1, 2, 4]), partitions=st.sampled_from([0, 2, 3]))
 def test_slices_on_and_off_group_borders(data: st.DataObject, out_group: int, partitions: int) -> None:
     w = random_weight(AQLMScheme(1, 4, 8, out_group), 24, 48, partitions=partitions)
