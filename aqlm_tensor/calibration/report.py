@@ -31,6 +31,7 @@ __all__ = [
     "Progress",
     "RunRecord",
     "Stopwatch",
+    "versions",
 ]
 
 Phase = Literal["capture", "calibrate", "quantize", "fine-tune", "propagate"]
@@ -290,10 +291,11 @@ class Stopwatch:
             peak |= self.allocated
             name = torch.cuda.get_device_name(self.device)
         machine = {"system": platform.platform(), "device": name, "threads": torch.get_num_threads()}
-        return RunRecord(settings, data, _versions(), machine, resumed, dict(self.seconds), peak)
+        return RunRecord(settings, data, versions(), machine, resumed, dict(self.seconds), peak)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run's results may depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -28,9 +28,21 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        with failures():
+            from aqlm_tensor.cli.tables import machine
+
+            machine()
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001 - its callback shows it
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and GPUs, for reports.")
+    ] = False,
 ) -> None:
     settings.debug = debug
 

@@ -27,6 +27,7 @@ __all__ = ["UsageError", "bar", "emit", "failures", "note", "phase", "print_json
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_AFTER_FIRST = 10.0  # of processes, in which torchrun sees that it is gone
 _FAILURES = (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError, NotImplementedError, ImportError)
+_EXTRAS = {"transformers": "transformers", "accelerate": "transformers", "datasets": "data", "gguf": "demo"}
 
 
 @dataclass
@@ -112,6 +113,9 @@ def _message(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, KeyError):
         return f"missing key {error}"
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        return str(error) if extra is None else f"{error}: pip install 'aqlm-tensor[{extra}]'"
     return str(error) or type(error).__name__
 
 

@@ -1,7 +1,8 @@
-"""`aqlm-tensor inspect` and `aqlm-tensor kernels`: what is in a checkpoint, and what will multiply with it."""
+"""`aqlm-tensor inspect`, `kernels` and `--version`: what is in a checkpoint, what multiplies with it, on what machine."""
 
 import itertools
 import math
+import platform
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from aqlm_tensor import checkpoint
+from aqlm_tensor.calibration.report import versions
 from aqlm_tensor.cli.arguments import parse_device, parse_dtype, parse_rows
 from aqlm_tensor.cli.output import UsageError, emit, note, phase, print_json, usage
 from aqlm_tensor.kernels import crossovers, registry
@@ -17,7 +19,16 @@ from aqlm_tensor.kernels import measure as measuring
 from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 
-__all__ = ["inspect", "kernels"]
+__all__ = ["inspect", "kernels", "machine"]
+
+
+def machine() -> None:
+    """Print what a bug report needs to say."""
+    for name, version in versions().items():
+        emit(f"{name} {version}")
+    emit(platform.platform())
+    for index in range(torch.cuda.device_count()):
+        emit(torch.cuda.get_device_name(index))
 
 
 def inspect(path: Path, *, as_json: bool) -> None:

@@ -29,6 +29,21 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+def test_version_is_what_a_bug_report_needs() -> None:
+    lines = run("--version").stdout.splitlines()
+    assert f"torch {torch.__version__}" in lines
+    assert any(line.startswith("aqlm-tensor ") for line in lines)
+
+
+def test_a_missing_library_is_named_with_its_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    result = run("eval", folder / "dense", "--data", folder / "text.txt")
+    assert result.exit_code == 1
+    assert "transformers" in result.stderr
+    assert "pip install 'aqlm-tensor[transformers]'" in result.stderr
+
+
 def test_eval_prints_the_perplexity_of_the_function_last(folder: Path) -> None:
     result = run("eval", folder / "quantized", "--data", folder / "text.txt", "--seqlen", "100")
     assert result.exit_code == 0, result.output
