@@ -16,6 +16,7 @@ __all__ = [
     "official_ratios",
     "over",
     "read",
+    "seconds_of_30_blocks",
     "table",
 ]
 
@@ -95,3 +96,10 @@ def official_ratios() -> dict[str, float]:
     found = official("perplexity")
     dense = found.pop("0")
     return {blocks: perplexity / dense for blocks, perplexity in found.items()}
+
+
+def seconds_of_30_blocks() -> float:
+    """Calibrating SmolLM2-135M whole, blocks fine-tuned, on an H100."""
+    rows = read("nvidia_h100_*_calibration_2.csv")
+    (seconds,) = (float(row["seconds"]) for row in rows if (row["case"], row["blocks"]) == ("2x8g8+ft", "30"))
+    return seconds
