@@ -6,16 +6,20 @@
 It replaces Transformers' own AQLM quantizer, which cannot load AQLM checkpoints since version 5.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-from packaging.version import Version
+from torch.torch_version import TorchVersion
 
-_OLDEST = "5.23"
-if Version(version("transformers")) < Version(_OLDEST):
-    raise ImportError(
-        f"aqlm_tensor.integrations.hf needs transformers >= {_OLDEST}, found {version('transformers')}: "
-        "pip install -U transformers"
-    )
+for _package, _oldest in (("transformers", "5.23"), ("accelerate", "1.10")):
+    try:
+        _found = version(_package)
+    except PackageNotFoundError:
+        _found = "none"
+    if _found == "none" or TorchVersion(_found) < _oldest:
+        raise ImportError(
+            f"aqlm_tensor.integrations.hf needs {_package} >= {_oldest}, found {_found}: "
+            "pip install -U 'aqlm-tensor[transformers]'"
+        )
 
 from aqlm_tensor.integrations.hf_config import AqlmConfig  # noqa: E402 - an old version lacks what is imported here
 from aqlm_tensor.integrations.hf_quantizer import AqlmQuantizer, attach  # noqa: E402

@@ -256,20 +256,32 @@ def test_a_state_dict_is_refused(llama: Pair) -> None:
         )
 
 
-def test_old_versions_of_transformers_are_refused() -> None:
+def test_missing_and_old_packages_are_named() -> None:
     program = """
-import importlib.metadata as metadata
+import importlib, importlib.metadata as metadata, sys
 version = metadata.version
-metadata.version = lambda name: "5.22.0" if name == "transformers" else version(name)
-try:
-    import aqlm_tensor.integrations.hf
-except ImportError as error:
-    print(error)
+for package, found in (("transformers", "5.22.0"), ("transformers", None), ("accelerate", None)):
+    def fake(name):
+        if name != package:
+            return version(name)
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+    metadata.version = fake
+    try:
+        import aqlm_tensor.integrations.hf
+    except ImportError as error:
+        print(error)
 """
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", program], capture_output=True, text=True, check=True, timeout=300
     )
-    assert "needs transformers >= 5.23, found 5.22.0" in done.stdout
+    needs, remedy = "aqlm_tensor.integrations.hf needs", "pip install -U 'aqlm-tensor[transformers]'"
+    assert done.stdout.splitlines() == [
+        f"{needs} transformers >= 5.23, found 5.22.0: {remedy}",
+        f"{needs} transformers >= 5.23, found none: {remedy}",
+        f"{needs} accelerate >= 1.10, found none: {remedy}",
+    ]
 
 
 @pytest.mark.full
