@@ -1,4 +1,4 @@
-"""`aqlm-tensor inspect`, `kernels` and `--version`: what is in a checkpoint, what multiplies with it, on what machine."""
+"""`aqlm-tensor inspect`, `kernels`, `--version`: what is in a checkpoint, what multiplies with it, on what machine."""
 
 import itertools
 import math

@@ -99,3 +99,11 @@ def test_a_model_that_sees_is_quantized_on_text_and_keeps_its_processor(folder: 
     }
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
     assert run("eval", tmp_path / "out", *data, "--seqlen", "50").exit_code == 0
+
+
+def test_a_mixture_of_experts_is_evaluated(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", folder / "ids.npy")
+    result = run("quantize", dense(folder, "mixtral"), tmp_path / "out", "--scheme", "1x4g8", *QUICK[2:], *data)
+    assert result.exit_code == 0, result.output
+    evaluated = run("eval", tmp_path / "out", *data, "--seqlen", "50")
+    assert evaluated.exit_code == 0, evaluated.output
