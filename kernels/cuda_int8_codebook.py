@@ -6,20 +6,31 @@ With the copied entries the product is as exact as any other kernel's; what they
 Since it changes results, this kernel runs only where the option `int8_codebooks` is allowed, or forced by name.
 
 Of 8192x28672 in 1x16g8 on one H200: 90 us at 1 to 8 tokens, 101 at 16 and 151 at 64, where the stored codebook takes
-125 to 132, 143 and 250.
+125 to 132, 143 and 211.
 """
 
 from torch import Tensor
 
-from aqlm_tensor.kernels import cuda_runtime, cuda_sliced_codebook, int8_codebooks
+from aqlm_tensor.kernels import cuda_gather_gemm, cuda_runtime, cuda_sliced_codebook, int8_codebooks
 from aqlm_tensor.kernels.registry import Problem
 
-__all__ = ["invalidate", "linear", "supports"]
+__all__ = ["invalidate", "linear", "slower_than_next", "supports"]
+
+_MOST_TOKENS_OF_16 = 32  # of groups of 16 inputs: 177 us at 64 tokens of 8192 x 28672, cuda_gather_gemm 140 (one H100)
 
 
 def supports(problem: Problem) -> str | None:
     """Why this kernel cannot run a problem, or None if it can."""
     return cuda_sliced_codebook.supports(problem)
+
+
+def slower_than_next(problem: Problem) -> str | None:
+    """Why the stored codebook is the better choice even where the option is allowed."""
+    if problem.scheme.in_group_size == 8 or problem.rows <= _MOST_TOKENS_OF_16:
+        return None
+    if cuda_gather_gemm.supports(problem) is not None:
+        return None
+    return f"slower than cuda_gather_gemm for groups of 16 inputs and more than {_MOST_TOKENS_OF_16} rows of x"
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

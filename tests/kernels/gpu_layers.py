@@ -4,13 +4,16 @@ For weights too large for the CPU's strategies.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from aqlm_tensor.codes import codes_to_indices
+from aqlm_tensor.kernels.registry import Op, Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_same_bits
+from tests.strategies import Case
 
 __all__ = [
     "ERRORS",
@@ -23,6 +26,7 @@ __all__ = [
     "product",
     "random_layer",
     "relative_error",
+    "runs",
 ]
 
 _ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -64,6 +68,13 @@ def product(x: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scale
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return float((y.double() - reference).norm() / reference.norm())
+
+
+def runs(module: Any, op: Op, case: Case) -> bool:
+    """Whether a kernel claims to support the case on the current GPU."""
+    sizes = (case.rows, case.in_features, case.out_features, case.partitions or 1, case.dtype)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return module.supports(Problem(op, case.scheme, *sizes, device)) is None
 
 
 def assert_captured_and_on_streams(linear: Linear, layer: Layer) -> None:

@@ -6,10 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aqlm_tensor.kernels import cuda_runtime, cuda_sliced_codebook
-from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_kernel
-from tests.kernels.gpu_layers import assert_empty, product, random_layer, relative_error
+from tests.kernels.gpu_layers import assert_empty, product, random_layer, relative_error, runs
 from tests.strategies import LARGE_CASES, Case, build, cases
 
 pytestmark = [
@@ -24,17 +23,7 @@ ROWS = st.sampled_from((1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 63, 64))
 
 @given(case=cases(schemes=SCHEMES, dtypes=HALF, rows=ROWS))
 def test_contract(case: Case) -> None:
-    problem = Problem(
-        "linear",
-        case.scheme,
-        case.rows,
-        case.in_features,
-        case.out_features,
-        case.partitions or 1,
-        case.dtype,
-        torch.device("cuda", torch.cuda.current_device()),
-    )
-    assume(cuda_sliced_codebook.supports(problem) is None)
+    assume(runs(cuda_sliced_codebook, "linear", case))
     assert_kernel("cuda_sliced_codebook", "linear", build(case).to("cuda"))
 
 

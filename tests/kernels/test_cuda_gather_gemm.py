@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from aqlm_tensor.kernels import cuda_gather_gemm, cuda_runtime
 from aqlm_tensor.kernels.cuda_gather_gemm import choose_variant, cluster_work
-from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits
 from tests.kernels.gpu_layers import (
@@ -22,6 +21,7 @@ from tests.kernels.gpu_layers import (
     product,
     random_layer,
     relative_error,
+    runs,
 )
 from tests.strategies import Case, build, cases
 
@@ -80,9 +80,7 @@ class TestOnHopper:
         case = replace(case, in_groups=64 * stages // case.scheme.in_group_size)
         # the error of all outputs together is bounded for independent ones; 300 times the same row of x gives few
         assume(case.out_features > 0 and case.x_layout != "expanded")
-        sizes = (case.rows, case.in_features, case.out_features, case.partitions or 1, case.dtype)
-        problem = Problem("linear", case.scheme, *sizes, torch.device("cuda", torch.cuda.current_device()))
-        assert cuda_gather_gemm.supports(problem) is None
+        assert runs(cuda_gather_gemm, "linear", case)
         assert_linear(cuda_gather_gemm.linear, build(case).to("cuda"))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

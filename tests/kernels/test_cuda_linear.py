@@ -16,7 +16,6 @@ from aqlm_tensor.kernels import (
     cuda_sliced_codebook,
     pieces,
 )
-from aqlm_tensor.kernels.registry import Op, Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_dequantize, assert_input_grad, assert_linear, assert_same_bits
 from tests.kernels.gpu_layers import (
@@ -28,6 +27,7 @@ from tests.kernels.gpu_layers import (
     product,
     random_layer,
     relative_error,
+    runs,
 )
 from tests.strategies import Case, Operands, build, cases
 
@@ -57,21 +57,6 @@ PARTIAL_SUMS = [
     pytest.param(cuda_partial_sums.linear, "2x8g8", id="partial sums"),
     pytest.param(cuda_partial_sums.linear, "8x8g32", id="partial sums 8x8g32"),
 ]
-
-
-def runs(module, op: Op, case: Case) -> bool:
-    """Whether the kernel claims to support the case."""
-    problem = Problem(
-        op,
-        case.scheme,
-        case.rows,
-        case.in_features,
-        case.out_features,
-        case.partitions or 1,
-        case.dtype,
-        torch.device("cuda", torch.cuda.current_device()),
-    )
-    return module.supports(problem) is None
 
 
 def on_gpu(case: Case) -> Operands:

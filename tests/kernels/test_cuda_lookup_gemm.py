@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from aqlm_tensor.kernels import cuda_lookup_gemm, cuda_runtime
 from aqlm_tensor.kernels.cuda_linear_launch import Shape
-from aqlm_tensor.kernels.registry import Problem
 from aqlm_tensor.scheme import AQLMScheme
 from tests.conformance import assert_linear, assert_same_bits
 from tests.kernels.gpu_layers import (
@@ -21,6 +20,7 @@ from tests.kernels.gpu_layers import (
     product,
     random_layer,
     relative_error,
+    runs,
 )
 from tests.strategies import Case, build, cases
 
@@ -66,9 +66,7 @@ class TestOnHopper:
         case = replace(case, in_groups=groups)
         # the error of all outputs together is bounded for independent ones; 300 times the same row of x gives few
         assume(case.out_features > 0 and case.x_layout != "expanded")
-        sizes = (case.rows, case.in_features, case.out_features, case.partitions or 1, case.dtype)
-        problem = Problem("linear", case.scheme, *sizes, torch.device("cuda", torch.cuda.current_device()))
-        assert cuda_lookup_gemm.supports(problem) is None
+        assert runs(cuda_lookup_gemm, "linear", case)
         assert_linear(cuda_lookup_gemm.linear, build(case).to("cuda"))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 
-from aqlm_tensor.kernels import int8_codebooks
+from aqlm_tensor.kernels import cuda_gather_gemm, cuda_int8_codebook, int8_codebooks
 from aqlm_tensor.kernels.int8_codebooks import quantized, restored
+from aqlm_tensor.kernels.registry import Problem
+from aqlm_tensor.scheme import AQLMScheme
 
 
 def _codebooks(*lead: int, size: int = 512, group: int = 8, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -96,3 +98,17 @@ def test_copies_live_as_long_as_the_codebooks() -> None:
     del books
     gc.collect()
     assert copy() is None
+
+
+def test_the_kernel_gives_way_where_gathering_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_way(scheme: str, rows: int) -> bool:
+        parsed = AQLMScheme.parse(scheme)
+        problem = Problem("linear", parsed, rows, 8192, 8192, 1, torch.bfloat16, torch.device("cuda", 0))
+        return cuda_int8_codebook.slower_than_next(problem) is not None
+
+    monkeypatch.setattr(cuda_gather_gemm, "supports", lambda _: None)
+    assert gives_way("1x16g16", 64)
+    assert not gives_way("1x16g16", 16)
+    assert not gives_way("1x16g8", 64)
+    monkeypatch.setattr(cuda_gather_gemm, "supports", lambda _: "needs another GPU")
+    assert not gives_way("1x16g16", 64)
