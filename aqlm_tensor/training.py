@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from aqlm_tensor.linear import set_quantized
 from aqlm_tensor.tensor import AQLMTensor, Orientation
 from aqlm_tensor.tensor_ops import linear_of_parts
 
-__all__ = ["held_out", "inside_trainable", "trainable", "trainable_in_float32"]
+__all__ = ["Precision", "held_out", "inside_trainable", "products_in", "trainable", "trainable_in_float32"]
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 _inside: ContextVar[bool] = ContextVar("aqlm_tensor_inside_trainable", default=False)
 
@@ -211,6 +213,12 @@ def trainable_in_float32(module: nn.Module) -> Iterator[dict[int, torch.dtype]]:
                 tensor.grad = None
                 tensor.requires_grad_(requires_grad)
                 tensor.data = tensor.data.to(dtype)
+
+
+def products_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which products are computed in a precision; "auto" is bfloat16 on GPUs that have it."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def held_out(batches: int, share: float, what: str) -> range:

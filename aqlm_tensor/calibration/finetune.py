@@ -13,13 +13,14 @@ them, so that all processes stay equal, and to what one alone would be.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from aqlm_tensor.pv.layers import tuned_weights
 from aqlm_tensor.ranks import Ranks
-from aqlm_tensor.training import held_out
+from aqlm_tensor.training import Precision, held_out, products_in
 
 __all__ = ["FinetuneConfig", "check_tunable", "finetune_block"]
 
@@ -35,6 +36,8 @@ class FinetuneConfig:
         patience: stop after so many epochs in a row without a better validation loss.
         batches_per_step: batches whose gradients are averaged for one step. Processes share them; a batch is not
             divided.
+        precision: what products are computed in. "auto" is bfloat16 on GPUs that have it, float32 elsewhere; trained
+            parameters, sums and the error are float32 always.
 
     Raises:
         ValueError: for a value that makes no sense, naming the accepted ones.
@@ -45,6 +48,7 @@ class FinetuneConfig:
     validation: float = 0.125
     patience: int = 2
     batches_per_step: int = 1
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience", "batches_per_step"):
@@ -54,6 +58,8 @@ class FinetuneConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def held_out(self, batches: int) -> range:
         """Which of so many batches are held out: the last ones.
@@ -117,7 +123,9 @@ def finetune_block(
 
         def loss(batch: int) -> Tensor:
             place = ranks.mine(batches).index(batch)
-            return _relative_error(call(place, inputs[place].float()), targets[place].float())
+            with products_in(config.precision, inputs[place].device):
+                output = call(place, inputs[place].float())
+            return _relative_error(output.float(), targets[place].float())
 
         def validate() -> float:
             with torch.no_grad():

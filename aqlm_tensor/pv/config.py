@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from aqlm_tensor.training import held_out
+from aqlm_tensor.training import Precision, held_out
 
 __all__ = ["PVConfig"]
 
 Dense = Literal["none", "vectors", "all"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)

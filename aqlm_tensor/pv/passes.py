@@ -14,6 +14,7 @@ from aqlm_tensor.pv.graph import GraphedPasses, gpu_of
 from aqlm_tensor.pv.loss import Teacher, TopLogits, call_model, token_loss
 from aqlm_tensor.pv.sharded import is_sharded, reshard
 from aqlm_tensor.ranks import Ranks
+from aqlm_tensor.training import products_in
 
 __all__ = ["Passes"]
 
@@ -115,15 +116,8 @@ class Passes:
         return None if self.teacher is None or isinstance(self.teacher, nn.Module) else self.teacher[index]
 
     def _loss(self, batch: Tensor, target: Tensor | TopLogits | None) -> Tensor:
-        with self._precision():
+        with products_in(self.config.precision, next(self.model.parameters()).device):
             if isinstance(self.teacher, nn.Module):
                 with torch.no_grad():
                     target = call_model(self.teacher, batch)
             return token_loss(call_model(self.model, batch), batch, target)
-
-    def _precision(self) -> torch.autocast:
-        device = next(self.model.parameters()).device
-        half = self.config.precision == "bfloat16" or (
-            self.config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device.type, torch.bfloat16, enabled=half)

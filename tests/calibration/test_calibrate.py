@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,30 @@ def test_half_precision_models_are_tuned_in_float32() -> None:
     assert all(block.error_after < block.error_before for block in report.blocks)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     model(data[0])
+
+
+def test_mixed_precision_tunes_as_well() -> None:
+    dense, data = model_and_data()
+    products: dict[str, set[torch.dtype]] = {}
+    after: dict[str, float] = {}
+    for precision in ("float32", "bfloat16"):
+        model, seen = copy.deepcopy(dense), products.setdefault(precision, set())
+        for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            layer.register_forward_hook(
+                lambda _module, _inputs, output, seen=seen: seen.add(output.dtype) if output.requires_grad else None
+            )
+        report = calibrate(model, config("2x2g8"), data, finetune=replace(TUNING, precision=precision))
+        assert all(block.error_after < block.error_before for block in report.blocks)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        after[precision] = report.blocks[0].error_after
+    assert products == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    assert after["bfloat16"] == pytest.approx(after["float32"], rel=0.01)  # later blocks get other codes
+    assert after["bfloat16"] != after["float32"]
+
+
+def test_precision_is_checked() -> None:
+    with pytest.raises(ValueError, match="precision must be one of auto, float32, bfloat16, got 'half'"):
+        FinetuneConfig(precision="half")  # pyright: ignore[reportArgumentType]
 
 
 class Killed(BaseException):
