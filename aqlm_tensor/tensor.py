@@ -346,6 +346,12 @@ def _check_shapes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> None:
         raise ValueError(f"{codes.shape[-3]} output groups cannot be split into {partitions} equal partitions")
 
 
-from aqlm_tensor import tensor_distributed, tensor_experts, tensor_ops, tensor_views  # noqa: E402, F401 - they register handlers on the class above
+from aqlm_tensor import (  # noqa: E402 - they register handlers on the class above
+    tensor_copies,  # noqa: F401
+    tensor_distributed,  # noqa: F401
+    tensor_experts,  # noqa: F401
+    tensor_ops,  # noqa: F401
+    tensor_views,  # noqa: F401
+)
 
 torch.serialization.add_safe_globals([AQLMTensor])

@@ -274,6 +274,30 @@ def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
     return product.expand(torch.broadcast_shapes(product.shape, base.shape)) if beta == 0 else product + beta * base
 
 
+@implements_torch_function(torch.einsum)
+def _(func: Callable, types: Any, args: tuple, kwargs: dict) -> Tensor:
+    equation, *operands = args
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if len(letters) == len(operands) == 2 and isinstance(operands[0], AQLMTensor) != isinstance(
+        operands[1], AQLMTensor
+    ):
+        w, x = operands if isinstance(operands[0], AQLMTensor) else operands[::-1]
+        of_w, of_x = letters if w is operands[0] else letters[::-1]
+        if not arrow:  # all letters that occur once, in alphabetical order
+            once = sorted(letter for letter in set(inputs) if letter.isalpha() and inputs.count(letter) == 1)
+            output = "..." * ("..." in of_x) + "".join(once)
+        summed, kept = set(of_w) & set(of_x) - set(output), set(of_w) & set(output) - set(of_x)
+        if w.dim() == 2 and len(summed) == len(kept) == 1 and of_x.count(*summed) == 1:
+            (i,), (o,) = summed, kept
+            rest = of_x.replace(i, "")
+            y = _linear(torch.einsum(f"{of_x}->{rest}{i}", x), w if of_w == o + i else transposed(w))
+            return torch.einsum(f"{rest}{o}->{output}", y)
+    raise ValueError(
+        f"einsum {equation!r} is no product of a dense tensor with an AQLM matrix over one of its dimensions: {REMEDY}"
+    )
+
+
 def bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> list[Any]:
     """The arguments of a call in the order of `names`, None where absent."""
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

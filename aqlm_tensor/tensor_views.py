@@ -1,4 +1,4 @@
-"""Views, copies and constructors of an AQLMTensor: what codes can express shares memory, the rest raises.
+"""Views and concatenations of an AQLMTensor: what codes can express shares memory, the rest raises.
 
 Rows, whole input groups, experts and the transpose are views. Stacking rows of weights with different codebooks gives
 partitioned codebooks, so concatenation along out_features always works; along in_features it needs equal ones.
@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from aqlm_tensor import tensor_distributed
 from aqlm_tensor.kernels.ops import weight_shape
-from aqlm_tensor.tensor import FLOATS, AQLMTensor
+from aqlm_tensor.tensor import AQLMTensor
 from aqlm_tensor.tensor_ops import REMEDY, bind, transposed
 
-__all__: list[str] = []
+__all__ = ["same"]
 
 aten = torch.ops.aten
 implements = AQLMTensor.implements
@@ -76,7 +76,7 @@ def _join(stretches: Sequence[tuple[Tensor, int]], scheme_dim: int) -> Tensor:
     """
     merged: list[tuple[Tensor, int]] = []
     for books, groups in stretches:
-        if merged and (groups == 0 or _same(merged[-1][0], books)):
+        if merged and (groups == 0 or same(merged[-1][0], books)):
             merged[-1] = (merged[-1][0], merged[-1][1] + groups)
         elif merged and merged[-1][1] == 0:
             merged[-1] = (books, groups)
@@ -88,7 +88,7 @@ def _join(stretches: Sequence[tuple[Tensor, int]], scheme_dim: int) -> Tensor:
     return torch.stack([books for books, groups in merged for _ in range(groups // size)], dim=scheme_dim - 3)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are known to hold the same values; unknown (meta, tracing) counts as different."""
     if a is b:
         return True
@@ -125,6 +125,36 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
     else:
         raise ValueError(f"cannot select one index along {axis}_features of an AQLMTensor {w.scheme}: {REMEDY}")
     return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _rows(w: AQLMTensor, index: Tensor) -> AQLMTensor:
+    """A copy of some rows, or experts of a stack, in any order."""
+    axis = _axis(w, 0)
+    if axis == "expert":
+        return w._apply_fn_to_data(lambda part: part[index])
+    if axis != "out" or w.partitions > 1 or w.scheme.out_group_size > 1:
+        raise ValueError(
+            f"rows of {w!r} cannot be indexed: only those of a matrix with one set of codebooks and out groups of 1 "
+            f"can; {REMEDY}"
+        )
+    return AQLMTensor(w.codes[index], w.codebooks, w.scales[index])
+
+
+@implements(aten.index_select.default)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
+    w, dim, index = args
+    if dim % w.dim():
+        raise ValueError(f"index_select of an AQLMTensor takes dimension 0, not {dim}: {REMEDY}")
+    return _rows(w, index)
+
+
+@implements(aten.index.Tensor)
+def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
+    w, indices = args
+    index, *others = indices
+    if index is None or index.dim() != 1 or any(other is not None for other in others):
+        raise ValueError(f"an AQLMTensor can only be indexed by one list, mask or 1-D tensor for its rows: {REMEDY}")
+    return _rows(w, index)
 
 
 @implements([aten.split.Tensor, aten.split_with_sizes.default])
@@ -234,7 +264,7 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> AQLMTensor:
     if axis == "expert":
         return AQLMTensor(torch.cat(codes), torch.cat(codebooks), torch.cat(scales), weights[0].orientation)
     if axis == "in":
-        if not all(_same(codebooks[0], c) and _same(scales[0], s) for c, s in zip(codebooks, scales, strict=True)):
+        if not all(same(codebooks[0], c) and same(scales[0], s) for c, s in zip(codebooks, scales, strict=True)):
             raise ValueError(
                 f"AQLMTensors concatenate along in_features only with identical codebooks and scales: {REMEDY}"
             )
@@ -242,121 +272,3 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> AQLMTensor:
     stretches = [stretch for w in weights for stretch in _books(w, 0, w.codes.shape[-3])]
     books = _join(stretches, scheme_dim=codes[0].dim())
     return AQLMTensor(torch.cat(codes, -3), books, torch.cat(scales, -4), weights[0].orientation)
-
-
-@implements([aten._to_copy.default, aten.to.dtype_layout])
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
-    w = args[0]
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("layout", "memory_format", "copy")}
-    target = w._get_to_kwargs(*args[1:], **kwargs)
-    device, dtype, non_blocking = target["device"], target["dtype"], target["non_blocking"]
-    if dtype not in FLOATS:
-        raise TypeError(f"an AQLMTensor can be cast to float32, float16 or bfloat16, not {dtype}: {REMEDY}")
-    return AQLMTensor(
-        w.codes.to(device, non_blocking=non_blocking, copy=True),
-        w.codebooks.to(device, dtype, non_blocking=non_blocking, copy=True),
-        w.scales.to(device, dtype, non_blocking=non_blocking, copy=True),
-        w.orientation,
-    )
-
-
-def _refuse_shared(w: AQLMTensor, source: AQLMTensor) -> None:
-    """Raise if a copy into the view `w` would change codebooks or scales that weights outside of it use too."""
-    base = w._base
-    if not isinstance(base, AQLMTensor):
-        return
-    for name in ("codebooks", "scales"):
-        part, whole, new = getattr(w, name), getattr(base, name), getattr(source, name)
-        aliases = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        exclusive = w.codes.numel() * whole.numel() == base.codes.numel() * part.numel()
-        if not (aliases and exclusive) and not _same(part, new):
-            raise ValueError(
-                f"cannot copy into a part of an AQLMTensor whose {name} the rest shares, since the source has others: "
-                "build the whole weight with `torch.cat` and copy that"
-            )
-
-
-@implements(aten.copy_.default)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
-    w, source, non_blocking = bind(("self", "src", "non_blocking"), args, kwargs)
-    if not isinstance(w, AQLMTensor) or not isinstance(source, AQLMTensor):
-        raise TypeError(
-            "copy_ between an AQLMTensor and a dense tensor is not defined: quantize the source with "
-            "`AQLMTensor.from_hp`, or `.dequantize()` to copy out of one"
-        )
-    shapes = [[tuple(part.shape) for part in tensor.parts()] for tensor in (w, source)]
-    if shapes[0] != shapes[1] or w.orientation != source.orientation:
-        raise ValueError(f"copy_ needs AQLMTensors of the same scheme and shape, got {source!r} into {w!r}")
-    _refuse_shared(w, source)
-    for target, part in zip(w.parts(), source.parts(), strict=True):
-        target.copy_(part, non_blocking=bool(non_blocking))
-    return w
-
-
-def _new(w: AQLMTensor, shape: Sequence[int], kwargs: dict, make: Callable[..., Tensor]) -> Tensor:
-    """A tensor of `shape` from `make`: an AQLMTensor where w's scheme can have that shape, else a dense one."""
-    options = {name: value for name, value in kwargs.items() if name in ("dtype", "device", "pin_memory") and value}
-    dtype, scheme = options.pop("dtype", w.dtype), w.scheme
-    if w.orientation != "matrix" or len(shape) != w.dim() or scheme.why_not(*shape[-2:]) or dtype not in FLOATS:
-        return make(w.scales, shape, dtype=dtype, **options)
-    lead = tuple(shape[:-2])
-    own = w.codebooks.shape[len(lead) :] if tuple(shape[-2:]) == w.shape[-2:] else scheme.codebooks_shape
-    codes = make(w.codes, (*lead, *scheme.codes_shape(*shape[-2:])), **options)
-    codebooks = make(w.codebooks, (*lead, *own), dtype=dtype, **options)
-    return AQLMTensor(codes, codebooks, make(w.scales, (*codes.shape[:-2], 1, 1, 1), dtype=dtype, **options))
-
-
-@implements([aten.new_zeros.default, aten.zeros_like.default])
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Tensor:
-    shape = tuple(args[1] if len(args) > 1 else args[0].shape)
-    tensor_distributed.check_shard(args[0], shape)
-    return _new(args[0], shape, kwargs, Tensor.new_zeros)
-
-
-@implements([aten.new_empty.default, aten.empty_like.default])
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> Tensor:
-    if len(args) == 1 and isinstance(args[0], AQLMTensor):
-        w = args[0]  # the same structure, partitions and orientation included
-        options = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
-        dtype = options.pop("dtype", w.dtype)
-        return AQLMTensor(
-            torch.empty_like(w.codes, **options),
-            torch.empty_like(w.codebooks, dtype=dtype, **options),
-            torch.empty_like(w.scales, dtype=dtype, **options),
-            w.orientation,
-        )
-    return _new(args[0], args[1], kwargs, Tensor.new_empty)
-
-
-@implements(aten._pin_memory.default)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
-    w = args[0]
-    return w._apply_fn_to_data(Tensor.pin_memory)
-
-
-@implements(aten.is_pinned.default)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> bool:
-    return all(part.is_pinned() for part in args[0].parts())
-
-
-@implements_torch_function(torch.Tensor.numpy)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
-    raise TypeError(
-        "an AQLMTensor is no NumPy array: `.dequantize().numpy()` is the dense weight. accelerate's disk offload would "
-        'need one; offload AQLM weights to "cpu"'
-    )
-
-
-@implements_torch_function(vars(torch._C.TensorBase)["requires_grad"].__set__)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
-    args[0].requires_grad_(args[1])
-
-
-@implements_torch_function(vars(torch._C.TensorBase)["data"].__set__)
-def _(func: Callable, types: Any, args: Any, kwargs: Any) -> None:
-    w, new = args
-    if not isinstance(new, AQLMTensor):
-        raise TypeError("the data of an AQLMTensor can only be replaced by another one: quantize with `from_hp` first")
-    with torch._C.DisableTorchFunctionSubclass():
-        func(w, new)
-    w.codes, w.codebooks, w.scales, w.orientation = *new.parts(), new.orientation

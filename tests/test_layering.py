@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aqlm_tensor.quantizer",),
     (
         "aqlm_tensor.tensor",
+        "aqlm_tensor.tensor_copies",
         "aqlm_tensor.tensor_distributed",
         "aqlm_tensor.tensor_experts",
         "aqlm_tensor.tensor_ops",

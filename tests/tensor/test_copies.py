@@ -267,3 +267,38 @@ def test_optimizers_leave_it_alone() -> None:
     optimizer.step()
     optimizer.zero_grad()
     assert torch.equal(weight_of(model[1]).dequantize(), before)
+
+
+def test_equal_compares_values() -> None:
+    w, stack = random_weight("2x4g8"), random_weight("2x4g8", experts=2)
+    assert torch.equal(w, w.clone())
+    assert torch.equal(w, AQLMTensor((w.codes + 16).to(torch.int8), w.codebooks, w.scales)), "other codes, same entries"
+    assert torch.equal(w, w.dequantize())
+    assert torch.equal(stack.mT, stack.clone().mT)
+    for other in (random_weight("2x4g8", seed=1), w[:16], w.t(), w * 2):
+        assert not torch.equal(w, other)
+    assert not torch.equal(stack, torch.stack([stack[0], w]))
+
+
+MULTIPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "*": lambda w: w * 0.5,
+    "* on the left": lambda w: 2 * w,
+    "/": lambda w: w / 4,
+    "of a tensor": lambda w: w * torch.tensor(2.0, dtype=torch.float64),
+    "in place": lambda w: w.clone().mul_(4),
+    "in place, divided": lambda w: w.clone().div_(2),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_multiples(name: str) -> None:
+    for w in (random_weight(dtype=torch.bfloat16), random_weight(experts=2).mT):
+        multiple = as_aqlm(MULTIPLES[name](w))
+        assert torch.equal(multiple.dequantize(), MULTIPLES[name](as_aqlm(w).dequantize()))
+        assert multiple.dtype == w.dtype
+
+
+@pytest.mark.parametrize("product", [lambda w: w * w, lambda w: w * torch.ones(64), lambda w: torch.tensor(2.0) / w])
+def test_other_elementwise_products_are_refused(product: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(NotImplementedError, match="with a single number only: call `.dequantize"):
+        product(random_weight())

@@ -42,6 +42,9 @@ FORWARD: dict[str, tuple[Callable[[Tensor, AQLMTensor, Tensor], Tensor], bool]] 
     "bmm left": (lambda x, w, b: torch.bmm(w[None], x.t()[None])[0].t(), False),
     "baddbmm": (lambda x, w, b: torch.baddbmm(b.expand(1, 1, -1), x[None], w[None].mT)[0], True),
     "functional_call": (lambda x, w, b: _functional_call(x, w, b), True),
+    "einsum": (lambda x, w, b: torch.einsum("...i, oi -> ...o", x, w), False),
+    "einsum left": (lambda x, w, b: torch.einsum("io,tsi->ots", w.t(), x[None])[:, 0].t(), False),
+    "einsum implicit": (lambda x, w, b: torch.einsum("bi,oi", [x, w]), False),
 }
 
 
@@ -251,6 +254,7 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         lambda: F.linear(X[:, :32], W.t(), torch.zeros(32)),
     ),
     "3-D weight": (ValueError, "linear needs a 2-D weight", lambda: F.linear(X, random_weight(experts=2))),
+    "einsum": (ValueError, "no product of a dense tensor with an AQLM matrix", lambda: torch.einsum("bi,oi->", X, W)),
     "row": (ValueError, r"unsqueeze\(0\) it", lambda: X @ W[0]),
     "bmm sizes": (ValueError, "as batches of matrices", lambda: torch.bmm(X[None], random_weight(experts=2).mT)),
     "out": (ValueError, "no options, got", lambda: torch.mm(X, W.t(), out=torch.empty(3, 32))),

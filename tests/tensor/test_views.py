@@ -140,6 +140,24 @@ def test_stacking_experts() -> None:
     assert torch.equal(weights[0].unsqueeze(0).dequantize()[0], dense[0])
 
 
+INDICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "list": lambda w: w[[2, 0, 2]],
+    "tensor": lambda w: w[torch.tensor([-1, 1])],
+    "none": lambda w: w[torch.tensor([], dtype=torch.long)],
+    "mask": lambda w: w[torch.arange(len(w)) % 2 == 0],
+    "index_select": lambda w: w.index_select(0, torch.tensor([2, 1])),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("experts", [0, 3])
+def test_rows_and_experts_by_index_are_copies(name: str, experts: int) -> None:
+    w = random_weight(experts=experts)
+    some = as_aqlm(INDICES[name](w))
+    assert torch.equal(some.dequantize(), INDICES[name](w.dequantize()))
+    assert some.codes.untyped_storage().data_ptr() != w.codes.untyped_storage().data_ptr()
+
+
 def test_rows() -> None:
     w = random_weight(partitions=4)
     assert torch.equal(w[-1].dequantize(), w.dequantize()[-1])
@@ -163,6 +181,11 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "other view": (ValueError, "cannot view", lambda: W.view(64, 32)),
     "permuted experts": (ValueError, "only swap its last two", lambda: random_weight(experts=2).permute(1, 0, 2)),
     "unsqueeze": (ValueError, "cannot unsqueeze", lambda: W[:, :, None]),
+    "indexed columns": (ValueError, "one list, mask or 1-D tensor for its rows", lambda: W[:, [0, 1]]),
+    "mask of elements": (ValueError, "one list, mask or 1-D tensor", lambda: W[torch.ones(32, 64, dtype=torch.bool)]),
+    "rows of partitions": (ValueError, "only those of a matrix with one set", lambda: random_weight(partitions=2)[[0]]),
+    "rows of a transpose": (ValueError, "cannot be indexed", lambda: W.t()[[0]]),
+    "index_select columns": (ValueError, "takes dimension 0", lambda: W.index_select(1, torch.tensor([0]))),
     "negative split": (ValueError, "split_size must be positive", lambda: W.split(-1)),
     "split sum": (ValueError, r"split sizes \[8, 8\] do not add up to 32", lambda: W.split([8, 8])),
     "cat dense": (TypeError, "cannot concatenate AQLMTensors with dense", lambda: torch.cat([W, torch.zeros(8, 64)])),
