@@ -1,4 +1,6 @@
-"""Inner loops of the layer solver on a GPU: the code search over a block of groups (the rest is in `triton_sums`).
+"""Inner loops of the layer solver on a GPU: the code search over a block of groups.
+
+The others are in `triton_nearest` and `triton_sums`.
 
 One program carries a few rows through all groups of a block, so that a block is one launch; the tables of pair costs,
 which all rows share, stay in the second-level cache. Pair costs are 32-bit integers, as on the CPU: Hopper adds and
@@ -16,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqlm_tensor.kernels.triton_sums import CodeSums, nearest, on_device, power_of_two
+from aqlm_tensor.kernels.triton_nearest import Nearest
+from aqlm_tensor.kernels.triton_sums import CodeSums, on_device, power_of_two
 
-__all__ = ["CodeSums", "nearest", "supports", "sweep_block"]
+__all__ = ["CodeSums", "Nearest", "supports", "sweep_block"]
 
 _MAX_ENTRY = 64  # elements of an entry; loops over them are unrolled
 _MAX_SIZE = 256  # entries of a codebook whose pairs are all tried

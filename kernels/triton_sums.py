@@ -1,4 +1,4 @@
-"""Nearest codebook entries and sums by code on a GPU, for the layer solver.
+"""Sums by code on a GPU, for the layer solver.
 
 Sums go over codes sorted once, without atomics, so that a device gives the same bits every time.
 """
@@ -12,44 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["CodeSums", "nearest", "on_device", "power_of_two"]
-
-
-@triton.jit
-def _nearest(
-    linear: tl.tensor,
-    column: tl.tensor,
-    squares: tl.tensor,
-    transposed: tl.tensor,
-    values: tl.tensor,
-    indices: tl.tensor,
-    number: tl.tensor,
-    size: tl.tensor,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-) -> None:
-    """Lowest squares[column[n], s] - 2 linear[n] . entry s over s, and the lowest such s, for BN points."""
-    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    e = tl.arange(0, BE)
-    inside = n < number
-    points = tl.load(linear + n[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
-    at = squares + tl.load(column + n, mask=inside, other=0) * size
-    best = tl.full([BN, BS], float("inf"), tl.float32)
-    arg = tl.zeros([BN, BS], tl.int32)
-    for start in range(0, size, BS):
-        s = start + tl.arange(0, BS)
-        entries = tl.load(transposed + e[:, None] * size + s[None, :], mask=(e < E)[:, None] & (s < size), other=0.0)
-        cost = tl.load(at[:, None] + s[None, :], mask=inside[:, None] & (s < size)[None, :], other=float("inf"))
-        cost -= 2.0 * tl.dot(points, entries, input_precision="tf32x3")
-        arg = tl.where(cost < best, start, arg)
-        best = tl.minimum(best, cost)
-    lowest = tl.min(best, axis=1)
-    arg += tl.arange(0, BS)[None, :]
-    tl.store(values + n, lowest, mask=inside)
-    index = tl.min(tl.where(best == lowest[:, None], arg, size - 1), axis=1)
-    tl.store(indices + n, index.to(tl.int64), mask=inside)
+__all__ = ["CodeSums", "on_device", "power_of_two"]
 
 
 @triton.jit
@@ -89,35 +52,6 @@ def _sum_segments(
         total += value
     place = sums + (split.to(tl.int64) * size + s) * width + e
     tl.store(place, tl.sum(total, axis=0), mask=e < width)
-
-
-def nearest(linear: Tensor, column: Tensor, squares: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and argmin over s of squares[column[n], s] - 2 linear[n] . entries[s], for each n.
-
-    Args:
-        linear: [N, E] float32.
-        column: [N] int64.
-        squares: [J, S] float32.
-        entries: [S, E] float32, E at most 64.
-
-    Returns:
-        Values [N] and indices [N] int64, the lowest of equals.
-    """
-    number, entry = linear.shape
-    values = torch.empty(number, device=linear.device)
-    indices = torch.empty(number, dtype=torch.int64, device=linear.device)
-    size = len(entries)
-    block = min(64, max(16, power_of_two(size)))
-    kernel: Any = _nearest
-    with on_device(linear.device):
-        kernel[(-(-number // 64),)](
-            *(linear.contiguous(), column, squares.contiguous(), entries.T.contiguous(), values, indices, number, size),
-            E=entry,
-            BE=max(16, power_of_two(entry)),
-            BN=64,
-            BS=block,
-        )
-    return values, indices
 
 
 class CodeSums:

@@ -7,7 +7,7 @@ ones. More: pair after pair, the other codes fixed.
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer.nearest import nearest
+from aqlm_tensor.quantizer.nearest import Nearest
 
 __all__ = ["PAIR_LIMIT", "GroupSearch", "fixed_point_pairs", "pair_order"]
 
@@ -44,6 +44,7 @@ class GroupSearch:
     def __init__(self, codebooks: Tensor, beam_width: int) -> None:
         self.codebooks = codebooks
         self.flat = codebooks.flatten(2)  # [K, S, H * G]
+        self.nearest = [Nearest(book) for book in self.flat]
         self.exhaustive = codebooks.shape[1] <= _EXHAUSTIVE_SIZE
         self.beam_width = min(beam_width, codebooks.shape[1])
 
@@ -86,7 +87,7 @@ class GroupSearch:
 
     def _nearest(self, linear: Tensor, k: int, squares: Tensor) -> tuple[Tensor, Tensor]:
         column = torch.zeros(len(linear), dtype=torch.int64, device=linear.device)
-        return nearest(linear, column, squares[k : k + 1], self.flat[k])
+        return self.nearest[k](linear, column, squares[k : k + 1])
 
     def _costs(self, linear: Tensor, k: int, squares: Tensor) -> Tensor:
         """Costs [R, S] of each entry of codebook k alone."""

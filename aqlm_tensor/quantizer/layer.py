@@ -183,7 +183,7 @@ class _Problem:
         codebooks = initial_codebooks(
             target,
             scales.square(),
-            self.feedback.metric,
+            self.feedback.metric if self.metric is not None else self.feedback.metric[:1],
             self.scheme.codebooks_shape,
             self.solver.kmeans_iterations,
             generator,

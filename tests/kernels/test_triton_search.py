@@ -79,12 +79,16 @@ def test_a_sweep_leaves_nothing_behind_its_rows() -> None:
     torch.testing.assert_close(error[:5], target - gather(codebooks, indices))
 
 
-@pytest.mark.parametrize(("number", "size", "entry"), [(1, 1, 8), (70, 16, 8), (130, 100, 5), (65, 300, 32)])
+@pytest.mark.parametrize(
+    ("number", "size", "entry"), [(1, 1, 8), (70, 16, 8), (130, 100, 5), (65, 300, 32), (3, 20, 64)]
+)
 def test_nearest(number: int, size: int, entry: int) -> None:
+    """Vectors of all sizes, each in one of three columns in no order."""
     linear, entries = torch.randn(number, entry, device=DEVICE), torch.randn(size, entry, device=DEVICE)
+    linear *= torch.logspace(-3, 3, number, device=DEVICE)[:, None]
     squares = torch.rand(3, size, device=DEVICE)
     column = torch.randint(3, (number,), device=DEVICE)
-    values, indices = triton_search.nearest(linear, column, squares, entries)
+    values, indices = triton_search.Nearest(entries)(linear, column, squares)
     every = squares[column].double() - 2 * linear.double() @ entries.double().T
     rounding = 2e-6 * (squares[column].double() + 2 * linear.abs().double() @ entries.abs().double().T).amax(1)
     assert ((values - every.amin(1)).abs() <= rounding).all()
@@ -94,7 +98,7 @@ def test_nearest(number: int, size: int, entry: int) -> None:
 def test_nearest_takes_the_lowest_of_equals() -> None:
     entries = torch.ones(200, 8, device=DEVICE)
     column, squares = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.zeros(1, 200, device=DEVICE)
-    _, indices = triton_search.nearest(torch.ones(3, 8, device=DEVICE), column, squares, entries)
+    _, indices = triton_search.Nearest(entries)(torch.ones(3, 8, device=DEVICE), column, squares)
     assert indices.tolist() == [0, 0, 0]
 
 

@@ -17,23 +17,27 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from aqlm_tensor.kernels import triton_search, triton_sums
+from aqlm_tensor.kernels import triton_nearest, triton_search, triton_sums
+
+MODULES = {"_sweep_block": triton_search, "_nearest": triton_nearest, "_sum_segments": triton_sums}
 
 INTEGERS = dict.fromkeys(("indices", "order", "column", "offsets"), "*i64") | {"tables": "*i32", "costs": "*i32"}
+HALVES = {"halves": "*fp16"}
 SCALARS = {"limit": "fp32"}
 POINTERS = ("target", "pending", "error", "metric", "feedback", "books", "transposed", "squares", "factors", "linear",
-            "changes", "values", "weights", "sums")
+            "changes", "values", "weights", "sums", "entries", "unit")
 SWEEP = {"K": 2, "SIZE": 256, "H": 1, "G": 8, "COUPLED": True, "BR": 8, "BG": 8, "BW": 256, "CHUNK": 8}
 CASES = [
     ("_sweep_block", SWEEP | {"KNOWN": True}, 90),
     ("_sweep_block", SWEEP | {"K": 3, "KNOWN": False}, 80),
-    ("_nearest", {"E": 8, "BE": 16, "BN": 64, "BS": 64}, 90),
+    ("_nearest", {"E": 8, "BE": 8, "BN": 128, "BS": 32, "CHUNK": 4}, 90),
+    ("_nearest", {"E": 64, "BE": 64, "BN": 128, "BS": 16, "CHUNK": 4}, 80),
     ("_sum_segments", {"WEIGHTED": True, "BN": 16, "BE": 64}, 90),
 ]
 
 def compiled(name, values, arch):
-    kernel = getattr(triton_search if name == "_sweep_block" else triton_sums, name)
-    types = dict.fromkeys(POINTERS, "*fp32") | INTEGERS | SCALARS
+    kernel = getattr(MODULES[name], name)
+    types = dict.fromkeys(POINTERS, "*fp32") | INTEGERS | HALVES | SCALARS
     signature = {arg: "constexpr" if arg in values else types.get(arg, "i32") for arg in kernel.arg_names}
     result = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", arch, 32))
     lines = result.asm["ttgir"].splitlines()

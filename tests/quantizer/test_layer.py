@@ -107,6 +107,19 @@ def test_gaussian_weights_reach_the_known_error() -> None:
     assert quantize_layer(weight, AQLMScheme.parse("2x8g8"), solver=solver).error < 0.098
 
 
+def test_one_codebook_without_data_beats_lloyd() -> None:
+    """Of k-means carried to the end, from the same kind of start."""
+    weight = torch.randn(128, 512, generator=torch.Generator().manual_seed(1))
+    points = weight.view(-1, 8)
+    centres = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(2))[:64]]
+    for _ in range(200):
+        nearest = torch.cdist(points, centres).argmin(1)
+        counts = torch.bincount(nearest, minlength=64).clamp(min=1)
+        centres = torch.zeros_like(centres).index_add_(0, nearest, points) / counts[:, None]
+    lloyd = float(torch.cdist(points, centres).amin(1).square().sum() / weight.square().sum())
+    assert quantize_layer(weight, AQLMScheme.parse("1x6g8")).error < lloyd
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codebooks_and_scales_are_representable(dtype: torch.dtype) -> None:
     weight = random_weight(64, 64)
