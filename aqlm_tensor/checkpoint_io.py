@@ -30,6 +30,7 @@ __all__ = [
     "new_folder",
     "parse_size",
     "read_json",
+    "write_file",
     "write_tensors",
 ]
 
@@ -170,6 +171,21 @@ def parse_size(size: int | str) -> int:
     return number
 
 
+def write_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write one safetensors file.
+
+    Raises:
+        OSError: if the disk is full or cannot be written, which the library safetensors has an error of its own for.
+    """
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     """Write tensors as model.safetensors, or as shards of at most `max_shard_bytes` (at least one tensor each)."""
     shards: list[dict[str, Tensor]] = [{}]
@@ -181,12 +197,12 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        write_file(shards[0], folder / "model.safetensors", {"format": "pt"})
         return
     homes: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_file(shard, folder / file, {"format": "pt"})
         homes.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": homes}

@@ -81,9 +81,9 @@ class WorkFolder:
         if not file.is_file():
             self._write(file, json.dumps(state, indent=2).encode())
             return
-        before = read_json(file)
-        state = json.loads(json.dumps(state))
-        different = [name for name in state if before.get(name) != state[name]]
+        before, settings = read_json(file), json.loads(json.dumps(settings))
+        different = [name for name in ("format", "model", "data") if before.get(name) != state[name]]
+        different += _differences("settings", before.get("settings"), settings)
         if different:
             raise ValueError(
                 f"{self.path} was begun with another {' and '.join(different)}: resume with the same dense model, "
@@ -148,6 +148,20 @@ class WorkFolder:
                 error.filename = error.filename or str(file)  # a failed write does not say where
             raise
         flush(self.path)
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """Where two JSON values differ, and how."""
+    if before == now:
+        return []
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [f"{name} (then {json.dumps(before)}, now {json.dumps(now)})"]
+    keys = sorted({*before, *now})
+    return [
+        found
+        for key in keys
+        for found in _differences(name if key == "_data" else f"{name}.{key}", before.get(key), now.get(key))
+    ]
 
 
 def continuous(block: nn.Module) -> dict[str, Tensor]:

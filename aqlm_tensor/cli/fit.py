@@ -89,8 +89,10 @@ def _tell_dense(reasons: dict[str, str], dense: int, quantized: int, schemes: st
     note(f"{share:.2%} of the weights in the model's blocks stay dense: {name} ({reason}){others}", style="yellow")
 
 
-def check_space(model: nn.Module, fit: Fit, scheme: AQLMScheme, bits: float | None, out: Path) -> None:
-    """Raise unless the disk has space for the quantized model.
+def check_space(
+    model: nn.Module, fit: Fit, scheme: AQLMScheme, bits: float | None, out: Path, work: Path | None
+) -> None:
+    """Raise unless there is space for the quantized model, and for the finished layers that are kept until the end.
 
     Args:
         model: dense.
@@ -98,22 +100,29 @@ def check_space(model: nn.Module, fit: Fit, scheme: AQLMScheme, bits: float | No
         scheme: to what, if bits is None.
         bits: a weight.
         out: the folder to come.
+        work: where finished layers are kept, if anywhere; it may hold some.
 
     Raises:
         OSError: naming what is needed and what is free.
     """
     weights = list({id(layer.weight): layer.weight for layer in fit.layers.values()}.values())
     weights += [part.weight for stack in fit.stacks for part in expert_parts(stack) * len(stack.weight)]
-    needed = sum(parameter.nbytes for parameter in model.parameters())
+    stored = 0
     for weight in weights:
-        stored = scheme.stored_bits(*weight.shape, float_bits=8 * weight.element_size())
-        needed += int(stored if bits is None else bits * weight.numel()) // 8 - weight.nbytes
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"not enough space: the result takes {needed / 1e6:.0f} MB, free are {free / 1e6:.0f} MB; choose another "
-            "folder or make room",
-            str(out),
-        )
+        own = scheme.stored_bits(*weight.shape, float_bits=8 * weight.element_size())
+        stored += int(own if bits is None else bits * weight.numel()) // 8
+    dense = sum(parameter.nbytes for parameter in model.parameters()) - sum(weight.nbytes for weight in weights)
+    wanted = {out: dense + stored}
+    if work is not None:
+        wanted[work] = max(0, stored - sum(file.stat().st_size for file in work.glob("layer.*")))
+    parents = {path: next(folder for folder in path.absolute().parents if folder.exists()) for path in wanted}
+    for parent in parents.values():
+        here = [path for path in wanted if parents[path].stat().st_dev == parent.stat().st_dev]
+        needed, free = sum(wanted[path] for path in here), shutil.disk_usage(parent).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"not enough space: {' and '.join(map(str, here))} take {needed / 1e6:.1f} MB, free are "
+                f"{free / 1e6:.1f} MB; choose another folder or make room",
+                str(parent),
+            )

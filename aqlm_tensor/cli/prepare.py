@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from aqlm_tensor.calibration.allocation import Allocation, Choice, LayerGroup
 from aqlm_tensor.calibration.sensitivity import allocate
 from aqlm_tensor.calibration.sources import CalibrationData, Source, calibration_data, windows_written
-from aqlm_tensor.checkpoint_io import flush
+from aqlm_tensor.checkpoint_io import flush, write_file
 from aqlm_tensor.cli.output import UsageError, bar, note, phase, usage
 from aqlm_tensor.config import AQLMWeightConfig
 
@@ -75,9 +74,8 @@ class Kept:
         metadata = {"wanted": json.dumps(asdict(wanted)), "found": json.dumps(found)}
         temporary = self.path.with_suffix(".partial")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {str(number): batch.contiguous() for number, batch in enumerate(prepared.batches)}, temporary, metadata
-        )
+        windows = {str(number): batch.contiguous() for number, batch in enumerate(prepared.batches)}
+        write_file(windows, temporary, metadata)
         flush(temporary)
         temporary.replace(self.path)
 

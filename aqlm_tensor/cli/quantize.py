@@ -202,7 +202,7 @@ def _fit(options: Options, plan: _Plan, model: Any, ranks: Ranks) -> Fit:
             check_layer(layer, plan.config, fqn)
         if options.finetune:
             check_tunable(fit.layers, "--finetune")
-    check_space(model, fit, AQLMScheme.parse(plan.config.scheme), options.bits, options.out)
+    check_space(model, fit, AQLMScheme.parse(plan.config.scheme), options.bits, options.out, options.work)
     return fit
 
 
@@ -315,12 +315,12 @@ def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _resumable(work: Path | None) -> Iterator[None]:
-    """Say how to go on after an interruption."""
+    """Say how to go on after an interruption, or for want of memory or disk."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        if work is not None and work.is_dir():
-            error.add_note(f"finished layers are kept in {work}: run the same command with --resume to go on")
+    except (KeyboardInterrupt, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if work is not None and work.is_dir() and not getattr(error, "__notes__", []):
+            error.add_note(f"finished work is kept in {work}: run the same command with --resume to go on")
         raise
 
 

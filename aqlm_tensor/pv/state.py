@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from aqlm_tensor.checkpoint_io import flush
+from aqlm_tensor.checkpoint_io import flush, write_file
 from aqlm_tensor.pv.rows import Rows
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.tensor import AQLMTensor
@@ -92,7 +91,7 @@ class TuningFolder:
         if ranks.rank > 0:
             return
         state = json.dumps({"identity": self._identity, "progress": progress})
-        save_file(whole, self._partial, metadata={"state": state})
+        write_file(whole, self._partial, {"state": state})
         flush(self._partial)
         os.replace(self._partial, self._file)
         flush(self._file.parent)

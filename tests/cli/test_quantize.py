@@ -313,6 +313,17 @@ def test_full_disk_is_found_before_the_work(folder: Path, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_space_is_counted_for_what_is_kept_as_well(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(file.stat().st_size for file in (folder / "quantized").glob("*.safetensors"))
+    free = 3 * size // 2  # enough for the result alone
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # pyright: ignore
+    result = run("quantize", folder / "dense", tmp_path / "out", *QUICK, "--data", folder / "text.txt")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'out'} and {tmp_path / 'out.work'} take" in result.stderr
+
+
 def _forbidden(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("must not be reached")
 

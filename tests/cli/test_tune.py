@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 pytest.importorskip("transformers", reason="extra transformers")
 
@@ -18,6 +20,7 @@ from aqlm_tensor.checkpoint import inspect
 from aqlm_tensor.cli.app import app
 from aqlm_tensor.hf_model import find_model, load_model, tokenize
 from tests.calibration.test_experts import mixtral
+from tests.cli.commands import QUICK, run
 from tests.tiny_llama import TEXT, write_dense
 
 
@@ -83,3 +86,21 @@ def test_stacks_of_experts_are_refused_first(tmp_path: Path) -> None:
         done.output.split()
     )
     assert not (tmp_path / "out.work").exists()
+
+
+def test_a_disk_that_is_full_while_tuning_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library safetensors has an error of its own for that."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    dense, out = write_dense(tmp_path / "dense"), tmp_path / "out"
+    command = ("quantize", dense, out, *QUICK, "--data", tmp_path / "text.txt", "--tune", "pv")
+    with monkeypatch.context() as broken:
+        broken.setattr("aqlm_tensor.checkpoint_io.save_file", full)
+        result = run(*command)
+    assert result.exit_code == 1
+    assert "tuning.partial: No space left on device" in result.stderr
+    assert "finished work is kept in" in result.stderr
+    assert run(*command, "--resume").exit_code == 0
