@@ -53,12 +53,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "aqlm_tensor.calibration.activations",
         "aqlm_tensor.calibration.block_calls",
         "aqlm_tensor.calibration.experts",
-        "aqlm_tensor.calibration.finetune",
         "aqlm_tensor.calibration.report",
         "aqlm_tensor.calibration.work_folder",
     ),
     ("aqlm_tensor.pv.state", "aqlm_tensor.pv.trained"),
-    ("aqlm_tensor.pv.sharded",),
+    ("aqlm_tensor.calibration.finetune", "aqlm_tensor.pv.sharded"),
     ("aqlm_tensor.pv.checks", "aqlm_tensor.pv.passes", "aqlm_tensor.pv.tuning"),
     ("aqlm_tensor.calibration.block_run",),
     (

@@ -112,6 +112,10 @@ class BlockCalls:
         args, kwargs = tree_map_only((Tensor, _Hidden), fill, self._arguments[batch][index])
         return _first(self._blocks[index](*args, **kwargs))
 
+    def alike(self, index: int, one: int, other: int) -> bool:
+        """Whether a block is called alike for two batches, but for the hidden state."""
+        return _equal(self._arguments[one][index], self._arguments[other][index])
+
     def _pass(self, batch: Batch, *, hand_on: bool) -> tuple[Tensor, list[_Arguments]]:
         """Input of the first block and the other arguments of each, from one pass through the model."""
         calls: list[_Arguments] = []

@@ -261,10 +261,9 @@ class BlockRun:
         assert self.finetune is not None
         assert outputs is not None
         start = time.perf_counter()
-        call = functools.partial(self.calls.run, index)
         with self._phase("fine-tune", index):
             seed = self.targets[0].config.seed
-            errors = finetune_block(block, call, self.calls.inputs, outputs, self.finetune, seed=seed, ranks=self.ranks)
+            errors = finetune_block(block, self.calls, index, outputs, self.finetune, seed=seed, ranks=self.ranks)
         self.ranks.like_first(continuous(block).values())
         self.tuned.append(self.ranks.shared(BlockReport(index, *errors, time.perf_counter() - start), 0))
         return self.tuned[-1]

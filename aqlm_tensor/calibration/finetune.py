@@ -8,16 +8,22 @@ on them.
 
 Several processes divide the batches of a step. Gradients are added up in the order of the batches, whoever computed
 them, so that all processes stay equal, and to what one alone would be.
+
+A pass over a small block starts some hundred kernels and waits for Python. On one GPU and in one process, passes over
+batches for which the block is called alike are replayed as a CUDA graph.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from aqlm_tensor.calibration.block_calls import BlockCalls
+from aqlm_tensor.pv.graph import GraphedPasses, gpu_of
 from aqlm_tensor.pv.layers import tuned_weights
 from aqlm_tensor.ranks import Ranks
 from aqlm_tensor.training import Precision, held_out, products_in
@@ -90,24 +96,25 @@ def check_tunable(layers: Mapping[str, nn.Linear], option: str) -> None:
 
 def finetune_block(
     block: nn.Module,
-    call: Callable[[int, Tensor], Tensor],
-    inputs: Sequence[Tensor],
+    calls: BlockCalls,
+    index: int,
     targets: Sequence[Tensor],
     config: FinetuneConfig,
     *,
     seed: int = 0,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> tuple[float, float]:
     """Train a block's codebooks, scales, norms and biases in place.
 
     Args:
         block: with AQLM weights; it is trained in float32 and has its own dtype again afterwards.
-        call: computes the block's output for an index into `inputs` and the input there, in the input's dtype.
-        inputs: hidden states [B, seqlen, width], at least two; with several ranks those of this rank's batches.
-        targets: the output that the block should have for each input.
+        calls: how the model calls it, and its inputs [B, seqlen, width]; with several ranks those of this rank's
+            batches.
+        index: of the block.
+        targets: the output that the block should have for each of these inputs.
         config: the effort.
         seed: of the order of the batches.
-        ranks: that divide the batches; None for this process alone.
+        ranks: that divide the batches.
 
     Returns:
         The mean relative squared error on the batches held out, before and after.
@@ -115,23 +122,16 @@ def finetune_block(
     Raises:
         ValueError: for fewer than two batches.
     """
-    ranks = ranks or Ranks()
-    batches = sum(ranks.everyones(len(inputs)))
+    batches = sum(ranks.everyones(len(calls.inputs)))
     held_out = config.held_out(batches)
     order = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _trained_in_float32(block) as parameters:
-
-        def loss(batch: int) -> Tensor:
-            place = ranks.mine(batches).index(batch)
-            with products_in(config.precision, inputs[place].device):
-                output = call(place, inputs[place].float())
-            return _relative_error(output.float(), targets[place].float())
+        passes = _Passes(block, calls, index, targets, config.precision, parameters, replayed=ranks.size == 1)
 
         def validate() -> float:
-            with torch.no_grad():
-                own = {batch: float(loss(batch)) for batch in held_out if batch in ranks.mine(batches)}
-            losses = ranks.together(own)
-            return sum(losses[batch] for batch in held_out) / len(held_out)
+            own = {batch: passes.error(place) for place, batch in enumerate(ranks.mine(batches)) if batch in held_out}
+            errors = ranks.together(own)
+            return sum(errors[batch] for batch in held_out) / len(held_out)
 
         optimizer = torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.95))
         steps = config.epochs * -(-held_out.start // config.batches_per_step)
@@ -140,7 +140,9 @@ def finetune_block(
         kept, stale = _copy(parameters), 0
         for _ in range(config.epochs):
             for step in _steps(held_out.start, config.batches_per_step, order):
-                _set_mean_gradient(parameters, loss, step, ranks)
+                places = {batch: ranks.mine(batches).index(batch) for batch in step if ranks.owner(batch) == ranks.rank}
+                own = {batch: passes.gradient(place) for batch, place in places.items()}
+                _set_mean_gradient(parameters, own, step, ranks)
                 optimizer.step()
                 schedule.step()
             now = validate()
@@ -156,6 +158,52 @@ def finetune_block(
     return first, best
 
 
+class _Passes:
+    """Passes over this process's batches, which are told by their places in the inputs."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        calls: BlockCalls,
+        index: int,
+        targets: Sequence[Tensor],
+        precision: Precision,
+        parameters: Sequence[nn.Parameter],
+        *,
+        replayed: bool,
+    ) -> None:
+        self._call, self._inputs, self._targets = functools.partial(calls.run, index), calls.inputs, targets
+        self._precision: Precision = precision
+        self._parameters = parameters
+        self._graphed: GraphedPasses | None = None
+        gpu = gpu_of([block]) if replayed else None
+        if gpu is not None:
+            shapes = [self._inputs[0].shape, targets[0].shape]
+            self._graphed = GraphedPasses(functools.partial(self._gradient, 0), list, shapes, gpu, 1)
+            self._alike = [calls.alike(index, 0, place) for place in range(len(self._inputs))]
+
+    def error(self, place: int) -> float:
+        """Of the block's output for a batch."""
+        with torch.no_grad():
+            return float(self._error(place, self._inputs[place], self._targets[place]))
+
+    def gradient(self, place: int) -> Tensor:
+        """Of a batch's error, for all parameters one after another."""
+        if self._graphed is not None and self._alike[place]:
+            return self._graphed(self._inputs[place], self._targets[place])
+        return self._gradient(place, self._inputs[place], self._targets[place])
+
+    def _error(self, place: int, hidden: Tensor, target: Tensor) -> Tensor:
+        with products_in(self._precision, hidden.device):
+            output = self._call(place, hidden.float())
+        return _relative_error(output.float(), target.float())
+
+    def _gradient(self, place: int, hidden: Tensor, target: Tensor) -> Tensor:
+        error = self._error(place, hidden, target)  # zero for parameters that it does not depend on
+        gradients = torch.autograd.grad(error, self._parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def _steps(batches: int, at_once: int, generator: torch.Generator) -> list[list[int]]:
     """The batches of each step of an epoch, in random order.
 
@@ -168,10 +216,9 @@ def _steps(batches: int, at_once: int, generator: torch.Generator) -> list[list[
 
 
 def _set_mean_gradient(
-    parameters: Sequence[nn.Parameter], loss: Callable[[int], Tensor], step: Sequence[int], ranks: Ranks
+    parameters: Sequence[nn.Parameter], own: dict[int, Tensor], step: Sequence[int], ranks: Ranks
 ) -> None:
-    """Give parameters the gradient of the mean loss of some batches, the same bits on every rank."""
-    own = {batch: _gradient(parameters, loss(batch)) for batch in step if ranks.owner(batch) == ranks.rank}
+    """Give parameters the mean of the gradients of some batches, this rank's its own; the same bits on every rank."""
     sizes = [parameter.numel() for parameter in parameters]
     total = torch.zeros(sum(sizes), device=parameters[0].device)
     for batch in step:
@@ -181,12 +228,6 @@ def _set_mean_gradient(
     total /= len(step)
     for parameter, gradient in zip(parameters, total.split(sizes), strict=True):
         parameter.grad = gradient.view_as(parameter)
-
-
-def _gradient(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-    """The gradients of a loss, one after another; zero for parameters that it does not depend on."""
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """GraphedPasses: forward and backward passes, replayed as a CUDA graph where that can be done.
 
+For `tune_pv`, and for fine-tuning a block.
+
 A pass over a small model starts some ten thousand kernels and waits for Python most of the time: for SmolLM2-135M, 4096
 tokens and a teacher of the same size, one H100 was busy for 60 ms of some 330, and a replay takes 65. A graph holds
 the memory of its activations for as long as it exists, and can only be made of passes that never wait for the GPU.
@@ -25,25 +27,25 @@ def gpu_of(modules: Sequence[nn.Module]) -> torch.device | None:
 
 
 class GraphedPasses:
-    """Passes that add to gradients. The first ones are run as they are, then one is captured and replayed.
+    """Passes over batches. The first ones are run as they are, then one is captured and replayed.
 
     Args:
-        compute: a pass: adds to the gradients and returns the loss of a batch of tokens on the GPU.
+        compute: a pass over the tensors of a batch, on the GPU: returns a tensor, and may add to others.
         gradients: the tensors to which it adds.
-        shape: of the batches whose passes are replayed; those of another shape are run as they are.
+        shapes: of the tensors of batches whose passes are replayed; those of other shapes are run as they are.
         device: the GPU.
         first: how many passes to run as they are.
     """
 
     def __init__(
         self,
-        compute: Callable[[Tensor], Tensor],
+        compute: Callable[..., Tensor],
         gradients: Callable[[], list[Tensor]],
-        shape: torch.Size,
+        shapes: Sequence[torch.Size],
         device: torch.device,
         first: int,
     ) -> None:
-        self._compute, self._gradients, self._shape, self._device = compute, gradients, shape, device
+        self._compute, self._gradients, self._shapes, self._device = compute, gradients, list(shapes), device
         self._first = first
         self._possible = True
         self.restart()
@@ -53,29 +55,30 @@ class GraphedPasses:
         self._left: float = self._first if self._possible else math.inf
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        """The loss of a batch, whose gradients are added."""
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """What the pass over a batch returns; it has added to the gradients."""
         with torch.cuda.device(self._device):
-            fits = batch.shape == self._shape
+            fits = [tensor.shape for tensor in batch] == self._shapes
             if fits and self._graph is None and self._left == 0:
-                self._capture(batch.to(self._device))
+                self._capture(batch)
             if not fits or self._graph is None:
                 self._left = max(0, self._left - 1)
-                return self._compute(batch.to(self._device))
-            self._batch.copy_(batch)
+                return self._compute(*(tensor.to(self._device) for tensor in batch))
+            for place, tensor in zip(self._batch, batch, strict=True):
+                place.copy_(tensor)
             self._graph.replay()
-            return self._loss.clone()
+            return self._result.clone()
 
-    def _capture(self, batch: Tensor) -> None:
+    def _capture(self, batch: Sequence[Tensor]) -> None:
         """Capture a pass, if none of its operations waits for the GPU."""
         gradients = self._gradients()
         before = [gradient.clone() for gradient in gradients]
-        self._batch = batch.clone()
+        self._batch = [tensor.to(self._device, copy=True) for tensor in batch]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side), as_if_captured(), _without_waiting():
-                self._compute(self._batch)
+                self._compute(*self._batch)
         except RuntimeError:
             self._possible, self._left = False, math.inf
         torch.cuda.current_stream().wait_stream(side)
@@ -83,7 +86,7 @@ class GraphedPasses:
         if self._possible:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._loss = self._compute(self._batch)
+                self._result = self._compute(*self._batch)
             self._graph = graph
         for gradient, value in zip(gradients, before, strict=True):
             gradient.copy_(value)

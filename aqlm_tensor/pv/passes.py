@@ -56,7 +56,7 @@ class Passes:
         if gpu is not None:
             shapes = Counter(batch.shape for batch in self.batches[: self.held_out.start])
             usual = shapes.most_common(1)[0][0]
-            self.replayed = GraphedPasses(self._backward, adam.gradients, usual, gpu, CURVATURE_PASSES)
+            self.replayed = GraphedPasses(self._backward, adam.gradients, [usual], gpu, CURVATURE_PASSES)
 
     def step(self, number: int) -> Tensor:
         """Add this rank's share to the gradients of a step; its share of the loss."""
