@@ -33,7 +33,11 @@ LINEAR_GOALS: tuple[tuple[str, Sequence[str], Sequence[int], Sequence[float], Se
 
 def goals() -> str:
     """Where we stand: what is required, the goal, what was measured."""
-    rows = [_linear_goal(name, shape, *rest) for name, shapes, *rest in LINEAR_GOALS for shape in shapes]
+    rows = [
+        _linear_goal(name, shape, tokens, required, wanted)
+        for name, shapes, tokens, required, wanted in LINEAR_GOALS
+        for shape in shapes
+    ]
     return table(["", "required", "goal", "measured", ""], [*rows, *_model_goals(), *_cpu_goals(), *_solver_goals()])
 
 

@@ -66,7 +66,7 @@ def summary() -> str:
     return table(["2x8g8", "against", ""], rows)
 
 
-def _list(numbers: Iterable[float]) -> str:
+def _list(numbers: Iterable[float | str]) -> str:
     return " / ".join(map(str, numbers))
 
 

@@ -29,8 +29,16 @@ QUICK = SolverConfig(max_rounds=0, kmeans_iterations=1)
 
 def _dense() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 18, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=1024, eos_token_id=2))
+    config = LlamaConfig(
+        vocab_size=18,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
 
 
 @pytest.fixture
