@@ -331,9 +331,14 @@ class BlockRun:
 
     @contextlib.contextmanager
     def remedies(self, work_dir: str | Path | None) -> Iterator[None]:
-        """Add to an error for want of memory or disk where it came, what is kept, and what to do."""
+        """Add to an error where it came; for want of memory or disk also what is kept, and what to do."""
         try:
             yield
+        except ValueError as error:
+            phase, index = self.now
+            if phase != "capture":
+                error.add_note(f"This was in block {index + 1} of {len(self.blocks)} ({phase}).")
+            raise
         except (MemoryError, RuntimeError, OSError) as error:
             remedy = _remedy(error, self.device)
             if remedy is not None:

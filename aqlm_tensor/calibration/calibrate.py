@@ -181,6 +181,8 @@ def _check_apart(blocks: Sequence[nn.Module]) -> None:
 
 
 def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None, ranks: Ranks) -> None:
+    if isinstance(batches, Tensor) or not isinstance(batches, Sequence):
+        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}: make a list of it first")
     if not batches:
         raise ValueError("no batches to calibrate on: pass some, of real inputs")
     if len(batches) < ranks.size:
@@ -194,6 +196,8 @@ def _check_batches(batches: Sequence[Batch], finetune: FinetuneConfig | None, ra
                 f"a batch must be a tensor or a mapping of keywords to tensors, got {type(batch).__name__}: pass a "
                 'list of such batches, for example [{"input_ids": ids, "pixel_values": images}]'
             )
+        if not any(tensor.numel() for tensor in tensors_of(batch)):
+            raise ValueError("a batch without any values: leave it out")
     if finetune is not None:
         finetune.held_out(len(batches))  # raises for too few, before any work
 

@@ -143,8 +143,10 @@ def measure_schemes(
         ValueError: if no layer can be quantized with any of the schemes, there are stacks of experts, or batches are
             not token ids.
     """
-    if not batches or any(not isinstance(batch, Tensor) or batch.dim() != 2 for batch in batches):
-        raise ValueError("batches must be token ids [B, seqlen], at least one")
+    if not isinstance(batches, Sequence) or not batches:
+        raise ValueError(f"batches must be a list with at least one batch, got {type(batches).__name__}")
+    if any(not isinstance(batch, Tensor) or batch.dim() != 2 or batch.numel() == 0 for batch in batches):
+        raise ValueError("batches must be token ids [B, seqlen], not empty")
     chosen = list(find_blocks(model) if blocks is None else blocks)
     layers = _layers(model, config, schemes, chosen)
     pieces = _pieces(batches, windows)

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, 32)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 4)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 4, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(self.embedding(tokens))
@@ -198,6 +198,11 @@ def test_unknown_place_and_batch_types_are_refused() -> None:
         calibrate(Decoder(), config(), batches(), keep_inputs="attic")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="got list: pass a list of such batches"):
         calibrate(Decoder(), config(), [[1, 2, 3]])  # pyright: ignore[reportArgumentType]
+    for unfit in (iter(batches()), torch.stack(batches())):
+        with pytest.raises(TypeError, match="make a list of it first"):
+            calibrate(Decoder(), config(), unfit)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="a batch without any values"):
+        calibrate(Decoder(), config(), [*batches(), torch.zeros(0, 16, dtype=torch.int64)])
 
 
 class Leaking(Decoder):

@@ -120,6 +120,15 @@ def test_a_full_disk_of_inputs_leaves_none_behind(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.glob("inputs.*"))
 
 
+def test_values_that_are_not_finite_are_told_with_their_block() -> None:
+    dense, data = model_and_data()
+    with torch.no_grad():
+        dense.get_parameter("blocks.1.up.0.bias")[:] = torch.inf
+    with pytest.raises(ValueError, match="inputs hold NaN, infinite or overflowing values") as caught:
+        calibrate(dense, config(), data)
+    assert notes(caught) == "This was in block 2 of 3 (calibrate)."
+
+
 def test_the_report_is_json_and_complete(tmp_path: Path) -> None:
     dense, data = model_and_data()
     model = copy.deepcopy(dense)
