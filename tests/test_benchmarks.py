@@ -1,5 +1,6 @@
 """The benchmarks' README says what the results say, and names files that exist; the scripts can be imported."""
 
+import csv
 import importlib.util
 import re
 import sys
@@ -49,6 +50,17 @@ def test_every_result_is_told_of_and_every_file_exists() -> None:
     written = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"results/([\w.-]+\.(?:csv|json|png))", written))
     assert named == {file.name for file in (BENCHMARKS / "results").iterdir() if file.name not in UNNAMED}
+
+
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "results").glob("*.csv")), ids=lambda file: file.stem)
+def test_every_row_says_where_it_comes_from(file: Path) -> None:
+    with file.open(encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert rows
+    for row in rows:
+        assert None not in row.values(), row
+        assert all(row[column] for column in ("date", "device", "versions")), row
+        assert row["commit"] or "official" in file.stem, row  # code that is not ours has none of ours
 
 
 UNNAMED = {"cpu_linear_2026-11-22.png", "cpu_input_grad_2026-11-22.png"}  # "plot beside it"
