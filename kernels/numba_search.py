@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CodeSums", "supports", "sweep_block"]
+__all__ = ["CodeSums", "lowest", "supports", "sweep_block"]
 
 _LARGE = np.int32(2**31 - 1)
 _MAX_SIZE = 256  # entries of a codebook whose pairs are all tried
@@ -21,7 +21,7 @@ _LANES = 4  # rows that share each read of a pair table
 
 
 @numba.njit(nogil=True, cache=True)
-def _fixed_point(costs: np.ndarray, factor: np.float32 | np.ndarray, limit: np.float32, out: np.ndarray) -> None:
+def _minimum(costs: np.ndarray) -> np.float32:
     size = costs.shape[0]
     low0 = low1 = low2 = low3 = costs[0]
     for i in range(0, size - 3, 4):  # four chains, as each minimum waits for the one before it
@@ -31,9 +31,25 @@ def _fixed_point(costs: np.ndarray, factor: np.float32 | np.ndarray, limit: np.f
         low3 = min(low3, costs[i + 3])
     for i in range(size // 4 * 4, size):
         low0 = min(low0, costs[i])
-    low = min(min(low0, low1), min(low2, low3))
-    for i in range(size):
+    return min(min(low0, low1), min(low2, low3))
+
+
+@numba.njit(nogil=True, cache=True)
+def _fixed_point(costs: np.ndarray, factor: np.float32 | np.ndarray, limit: np.float32, out: np.ndarray) -> None:
+    low = _minimum(costs)
+    for i in range(costs.shape[0]):
         out[i] = np.int32(min((costs[i] - low) * factor, limit))
+
+
+@numba.njit(nogil=True, cache=True)
+def _lowest(costs: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
+    for n in range(costs.shape[0]):
+        row = costs[n]
+        low = _minimum(row)
+        i = 0
+        while i < row.shape[0] - 1 and row[i] != low:
+            i += 1
+        values[n], indices[n] = low, i
 
 
 @numba.njit(nogil=True, cache=True)
@@ -218,6 +234,16 @@ def _sum_weighted(weights: np.ndarray, blocks: np.ndarray, codes: np.ndarray, ou
                 s = codes[r, j, k]
                 for e in range(out.shape[2]):
                     out[k, s, e] += weights[r] * blocks[j, e]
+
+
+def lowest(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and argmin, the lowest of equals, of each row of finite `costs` [N, S] float32: [N], and [N] int64.
+
+    In half the time of `torch.min`.
+    """
+    values, indices = torch.empty(len(costs)), torch.empty(len(costs), dtype=torch.int64)
+    _lowest(costs.numpy(), values.numpy(), indices.numpy())
+    return values, indices
 
 
 def supports(size: int, entry: int) -> bool:  # noqa: ARG001 (every back end has the same signature)

@@ -7,7 +7,7 @@ from aqlm_tensor.quantizer.parallel import compiled_search, map_rows
 
 __all__ = ["Nearest"]
 
-_CHUNK_ELEMENTS = 1 << 22  # scratch floats of one step
+_CHUNK_ELEMENTS = 1 << 17  # scratch floats of one step: they stay in the cache
 _MAX_ENTRY = 64
 
 
@@ -19,9 +19,10 @@ class Nearest:
     """
 
     def __init__(self, entries: Tensor) -> None:
-        backend = compiled_search(entries.device) if entries.device.type != "cpu" else None  # BLAS is best on the CPU
-        compiled = backend is not None and entries.shape[1] <= _MAX_ENTRY
-        self._compiled = backend.Nearest(entries) if compiled else None
+        backend = compiled_search(entries.device)
+        on_gpu = backend is not None and entries.device.type != "cpu" and entries.shape[1] <= _MAX_ENTRY
+        self._compiled = backend.Nearest(entries) if on_gpu else None
+        self._lowest = backend.lowest if backend is not None and entries.device.type == "cpu" else _lowest
         self._transposed = entries.T.contiguous()
 
     def __call__(self, linear: Tensor, column: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +44,17 @@ class Nearest:
 
         def work(rows: slice) -> tuple[Tensor, Tensor]:
             parts = [slice(i, min(i + longest, rows.stop)) for i in range(rows.start, rows.stop, longest)]
-            found = [self._costs(linear[part], column[part], squares).min(1) for part in parts]
-            return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+            found = [self._lowest(self._costs(linear[part], column[part], squares)) for part in parts]
+            return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
         values, indices = zip(*map_rows(work, len(linear), linear.device), strict=True)
         return torch.cat(values), torch.cat(indices)
 
     def _costs(self, linear: Tensor, column: Tensor, squares: Tensor) -> Tensor:
-        added = squares[0] if len(squares) == 1 else squares[column]
+        added = squares[0] if len(squares) == 1 else squares.index_select(0, column)
         return torch.addmm(added, linear, self._transposed, alpha=-2.0)
+
+
+def _lowest(costs: Tensor) -> tuple[Tensor, Tensor]:
+    values, indices = costs.min(1)
+    return values, indices

@@ -58,10 +58,11 @@ def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
 
 def gather(codebooks: Tensor, indices: Tensor) -> Tensor:
     """Sum of the entries that `indices` [R, J, K] select from `codebooks` [K, S, H, G]: [R, H, J * G]."""
-    total = codebooks[0][indices[..., 0]]
+    total = codebooks[0].index_select(0, indices[..., 0].flatten())
     for k in range(1, codebooks.shape[0]):
-        total += codebooks[k][indices[..., k]]
-    return total.transpose(1, 2).reshape(indices.shape[0], codebooks.shape[2], -1)
+        total += codebooks[k].index_select(0, indices[..., k].flatten())
+    tiles = total.view(*indices.shape[:2], *codebooks.shape[2:])
+    return tiles.transpose(1, 2).reshape(indices.shape[0], codebooks.shape[2], -1)
 
 
 def sweep(target: Tensor, indices: Tensor | None, codebooks: Tensor, coupling: Coupling, beam_width: int) -> Tensor:
