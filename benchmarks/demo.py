@@ -9,6 +9,7 @@ without choosing codes again.
 """
 
 import argparse
+import copy
 import gc
 import importlib.util
 import os
@@ -40,10 +41,11 @@ CHATS = 16
 CHAT_SEQLEN = 128  # about one question and its answer
 SEQLEN = 1024
 NSAMPLES = 6
-SOLVER = SolverConfig(max_rounds=1, kmeans_iterations=4)  # more lowers a layer's error further, and takes longer
+# more rounds lower a layer's error further, and take longer; more steps of conjugate gradients hardly lower it
+SOLVER = SolverConfig(max_rounds=1, kmeans_iterations=6, conjugate_gradient_steps=4)
 TUNING_SEQLEN = 256
 TUNING_SAMPLES = 24  # of the text; and all conversations
-TUNING = PVConfig(epochs=1, steps_per_round=8, code_fraction=0.0)
+TUNING = PVConfig(epochs=1, steps_per_round=15, code_fraction=0.0)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -80,6 +82,7 @@ def run(output: Path, max_blocks: int | None) -> None:
     console.print(f"[bold]SmolLM2-135M-Instruct, 2x8g8 (2 bits), {torch.get_num_threads()} CPU threads[/]")
     model, tokenizer = load_model(find_model(model_folder()))
     dense = measure(model, tokenizer, "dense")
+    teacher = copy.deepcopy(model)
     tokens = tokenize(tokenizer, (DATA / "calibration.txt").read_text(encoding="utf-8"))
     with bar("writing conversations", CHATS * CHAT_SEQLEN, "tokens") as shown:
         written = calibration_data(
@@ -101,10 +104,10 @@ def run(output: Path, max_blocks: int | None) -> None:
     console.print("\n[bold]tuning[/] codebooks, scales and norms of the whole model against the dense one")
     windows = sample_windows(tokens, TUNING_SAMPLES, TUNING_SEQLEN)
     windows = sample_windows(chat, len(chat), TUNING_SEQLEN) + windows  # the last ones, text, are held out
-    console.print(str(tune(model, windows)))
+    console.print(str(tune(model, teacher, windows)))
     with phase(f"saving {output}"):
         save_model(model, tokenizer, output, force=True)
-    del model
+    del model, teacher
     gc.collect()
     with phase(f"loading {output}"):
         model, tokenizer = load_model(find_model(output))
@@ -118,9 +121,8 @@ def run(output: Path, max_blocks: int | None) -> None:
     console.print(f"  .venv/bin/aqlm-tensor eval {output} --data TEXT")
 
 
-def tune(model: Any, windows: list[torch.Tensor]) -> PVReport:
+def tune(model: Any, teacher: Any, windows: list[torch.Tensor]) -> PVReport:
     """Tune a model in place against the dense one, with a progress bar."""
-    teacher, _ = load_model(find_model(model_folder()))
     with bar("tuning", TUNING.steps(len(windows)), "steps") as shown:
 
         def show(done: PVRound) -> None:

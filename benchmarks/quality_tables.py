@@ -122,12 +122,20 @@ def _rate(scheme: str) -> float:
 
 def scaling() -> str:
     """Seconds and peak memory of layers of large models."""
-    rows = [row for pattern in ("_solver", "_solver_2") for row in read(f"nvidia_h100_*{pattern}.csv")]
-    found = {(row["layer"], row["scheme"]): row for row in rows if row["part"] == "scaling"}
+    files = ("nvidia_h100_*_solver.csv", "nvidia_h100_*_solver_2.csv", "nvidia_h200_*_solver.csv")
+    rows = [row for pattern in files for row in read(pattern) if row["part"] == "scaling"]
+    found = {(int(row["in_features"]), int(row["out_features"]), row["scheme"]): row for row in rows}
     lines = [
-        [*key, f"{float(row['seconds']):.1f}", f"{float(row['peak_gb']):.1f}"] for key, row in sorted(found.items())
+        [
+            row["layer"],
+            row["scheme"],
+            f"{float(row['seconds']):.1f}",
+            f"{float(row['peak_gb']):.1f}",
+            row["device"].split()[1],
+        ]
+        for _, row in sorted(found.items())
     ]
-    return table(["in x out", "scheme", "s", "peak GB"], lines)
+    return table(["in x out", "scheme", "s", "peak GB", ""], lines)
 
 
 def calibration_data() -> str:
