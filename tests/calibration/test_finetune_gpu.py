@@ -16,7 +16,7 @@ from tests.models import config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-TUNING = FinetuneConfig(epochs=3, lr=3e-3, validation=0.2)
+TUNING = FinetuneConfig(epochs=3, lr=3e-3, validation=0.2, patience=9)
 
 
 @contextmanager
