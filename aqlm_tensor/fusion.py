@@ -13,6 +13,7 @@ correctly, though not for free. This is for inference: `unfuse_` before training
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -134,11 +135,25 @@ class FusedGroup(nn.Module):
         super().__init__()
         self.names = tuple(names)
         self.__dict__["layers"] = tuple(layers)  # not as submodules: they belong to the parent
-        self.tied = False  # whether the siblings' weights are views of the buffers
+        self.views: list[tuple[AQLMTensor, Tensor, Tensor, Tensor]] = []  # each sibling's weight and its parts
+        self.version = 0  # what `_written` was when codebooks were last repeated
         self.books: list[Tensor] = []  # for each sibling its codebooks in the buffer, [its partitions, repeats, ...]
         self.pending = _Pending()
         for name in ("codes", "codebooks", "scales"):
             self.register_buffer(name, None, persistent=False)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the siblings' weights are the views of the buffers that they were made, and none was replaced."""
+        return len(self.views) == len(self.layers) and all(map(self._is_view, range(len(self.views))))
+
+    def _is_view(self, place: int) -> bool:
+        # the parameter first: torch.compile takes a weight for what it sees first, and sizes of parameters are fixed
+        weight = self.layers[place]._parameters.get("weight")
+        if not self.views or weight is not self.views[place][0]:
+            return False
+        parts = self.views[place][1:]
+        return torch.compiler.is_compiling() or all(map(operator.is_, self.views[place][0].parts(), parts))
 
     def tie(self) -> None:
         """Join the siblings' weights as they are now and make those views of the joined one."""
@@ -164,12 +179,19 @@ class FusedGroup(nn.Module):
             # a new tensor of views and not a view of a tensor: one may copy into it as into any weight
             set_quantized([layer], AQLMTensor(self.codes[rows], own, self.scales[rows]))
             row = rows.stop
-        self.tied = True
+        self.views = [(weight, *weight.parts()) for weight in map(_weight, self.layers)]
+        self.version = self._written()
 
     @torch.no_grad()
-    def refresh(self, place: int) -> None:
-        """Repeat a sibling's codebooks, which were written to, in the buffer."""
-        self.books[place][:, 1:] = self.books[place][:, :1]
+    def refresh(self) -> None:
+        """Repeat the siblings' codebooks in the buffer as they are now."""
+        for books in self.books:
+            books[:, 1:] = books[:, :1]
+        self.version = self._written()
+
+    def _written(self) -> int:
+        """How often the siblings' codebooks were written to."""
+        return sum(_version(codebooks) for _, _, codebooks, _ in self.views)
 
     def release(self) -> None:
         """Give every sibling a weight of its own and its plain class back."""
@@ -183,14 +205,17 @@ class FusedGroup(nn.Module):
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The output of one sibling for x [..., I], from the product of all if that can be."""
+        out = self.pending.take(place, x) if self._is_view(place) else None
+        if out is not None:
+            return out
         if not self.tied:
             layer = self.layers[place]
             return F.linear(x, layer.weight, layer.bias)
-        out = self.pending.take(place, x)
-        if out is None:
-            outputs = dict(enumerate(self._product(x)))
-            out = outputs.pop(place)
-            self.pending.keep(x, outputs)
+        if not torch.compiler.is_compiling() and self.version != self._written():
+            self.refresh()
+        outputs = dict(enumerate(self._product(x)))
+        out = outputs.pop(place)
+        self.pending.keep(x, outputs)
         return out
 
     def _product(self, x: Tensor) -> list[Tensor]:
@@ -278,24 +303,10 @@ class FusedLinear(nn.Linear):
         """Its own output, [..., out_features]."""
         return self.group.output(self.place, input)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self.group.tied = False
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name == "weight":
-            self.group.tied = False
-        super().__delattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.group.tied = False  # until the group, which is asked after its siblings, is moved too
-        return super()._apply(fn, recurse)
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.group.tied:
-            self.group.refresh(self.place)
+            self.group.refresh()
 
 
 def _weight(layer: nn.Linear) -> AQLMTensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aqlm_tensor import tensor_distributed
+from aqlm_tensor.kernels import registry
 from aqlm_tensor.tensor import FLOATS, AQLMTensor
 from aqlm_tensor.tensor_ops import REMEDY, bind
 from aqlm_tensor.tensor_views import same
@@ -68,7 +69,19 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     _refuse_shared(w, source)
     for target, part in zip(w.parts(), source.parts(), strict=True):
         target.copy_(part, non_blocking=bool(non_blocking))
+        _written(target)
     return w
+
+
+def _written(part: Tensor) -> None:
+    """Tell kernels and fused layers that a part was changed in place.
+
+    Autograd counts such changes of ordinary tensors. Handlers of aten ops run below it, and what they make views of has
+    a count of its own.
+    """
+    registry.invalidate(part)
+    if not part.is_inference():
+        torch.autograd.graph.increment_version(part)
 
 
 @implements(aten.equal.default)
@@ -97,6 +110,7 @@ def _(func: Callable, types: Any, args: Any, kwargs: Any) -> AQLMTensor:
     w, number = args
     _check_number(func, args, number)
     func(w.scales, number)
+    _written(w.scales)
     return w
 
 

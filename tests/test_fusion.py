@@ -141,6 +141,48 @@ def test_replaced_loaded_and_moved_weights_count() -> None:
     assert_same_bits(model(x.bfloat16()), other.bfloat16()(x.bfloat16()))
 
 
+OTHER = AQLMTensor(*random_parts("2x2g8", 64, 256, seed=9))
+
+# whatever changes q's weight behind the back of nn.Module
+CHANGES: dict[str, Any] = {
+    "copy_": lambda model: model.q_proj.weight.copy_(OTHER),
+    "data": lambda model: setattr(model.q_proj.weight, "data", OTHER),
+    "_parameters": lambda model: model.q_proj._parameters.update(weight=nn.Parameter(OTHER, requires_grad=False)),
+    "codebooks alone": lambda model: model.q_proj.weight.codebooks.copy_(OTHER.codebooks),
+    "multiplied": lambda model: model.q_proj.weight.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_weights_count(name: str) -> None:
+    model, x = quantized(Attention()), torch.randn(3, 256)
+    fuse_(model)
+    before = model.q_proj(x), model.k_proj(x), model.v_proj(x)
+    CHANGES[name](model)
+    alone = nn.functional.linear(x, model.q_proj.weight.dequantize())
+    assert not torch.allclose(alone, before[0], rtol=1e-3)
+    torch.testing.assert_close(model.q_proj(x), alone, rtol=1e-4, atol=1e-1)
+    assert_same_bits(model.k_proj(x), before[1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_functional_call_with_another_weight(compiled: bool) -> None:
+    model, x = quantized(Attention()), torch.randn(3, 256)
+
+    def call(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"q_proj.weight": OTHER}, (x,))
+
+    expected, own = call(x), model(x)
+    fuse_(model)
+    model(x)
+    torch.testing.assert_close((torch.compile(call, backend="aot_eager") if compiled else call)(x), expected)
+    torch.testing.assert_close(model(x), own)
+    gradients = torch.func.vmap(torch.func.grad(lambda x: model(x).square().sum()))(x)
+    x.requires_grad_()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(gradients, x.grad, rtol=1e-4, atol=1e-4 * float(gradients.abs().max()))
+
+
 def test_copies_are_independent() -> None:
     model = quantized(Attention())
     fuse_(model)

@@ -141,6 +141,35 @@ def test_copy_into() -> None:
         w.copy_(random_weight("1x8g8"))
 
 
+def _write_to_some_rows(w: AQLMTensor, new: AQLMTensor) -> None:
+    w[:1024].copy_(AQLMTensor(new.codes[:1024], w.codebooks, w.scales[:1024]))
+
+
+WRITES: dict[str, Callable[[nn.Linear, AQLMTensor], object]] = {
+    "copy_": lambda layer, new: layer.weight.copy_(new),
+    "load_state_dict": lambda layer, new: layer.load_state_dict({"weight": new}),
+    "some rows": lambda layer, new: _write_to_some_rows(weight_of(layer), new),
+    "detached": lambda layer, new: layer.weight.detach().copy_(new),
+    "multiplied": lambda layer, new: layer.weight.mul_(2),
+    "data": lambda layer, new: setattr(layer.weight, "data", new),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8"])
+@pytest.mark.parametrize("name", WRITES)
+def test_kernels_notice_what_was_written(name: str, scheme: str, inference: bool) -> None:
+    """They keep repacked codes of a weight that is large enough, and make them anew after a write."""
+    x, size = torch.randn(1, 1024), (2048, 1024)
+    with torch.inference_mode(inference):
+        layer = nn.Linear(1024, 2048, bias=False).requires_grad_(False)
+        layer.weight = nn.Parameter(random_weight(scheme, *size), requires_grad=False)
+        before = layer(x)
+        WRITES[name](layer, random_weight(scheme, *size, seed=1))
+        assert not torch.equal(layer(x), before)
+        torch.testing.assert_close(layer(x), F.linear(x, weight_of(layer).dequantize()), rtol=1e-4, atol=1e-2)
+
+
 def test_state_dict_round_trips(tmp_path: Path) -> None:
     source, file = _linear(seed=1), tmp_path / "model.pt"
     state = source.state_dict()
