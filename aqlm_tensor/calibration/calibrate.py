@@ -10,6 +10,7 @@ out of memory or filled the disk resumes to the same bits: forward passes are re
 fine-tuning are not.
 """
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -129,10 +130,11 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        with run.remedies(work_dir):
+        with run.remedies(work_dir), contextlib.ExitStack() as opened:
             if work_dir is not None:
                 with ranks.first_alone():
                     work = WorkFolder(Path(work_dir), resume=resume, rank=ranks.rank)
+                    opened.enter_context(contextlib.closing(work))
                     work.check_same(settings, chosen, data["sha256"])
                 run.use(work)
             run.capture(batches)

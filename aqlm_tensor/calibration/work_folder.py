@@ -4,9 +4,11 @@
     layer.<fqn>.safetensors      codes, codebooks and scales as the solver left them, and the layer's report
     block.<index>.safetensors    what fine-tuning changed: codebooks, scales, norms and biases; the block's report
 
-Each file appears complete or not at all, on a full disk, too: what was begun of it is removed.
+Each file appears complete or not at all, on a full disk, too: what was begun of it is removed. One run at a time works
+in a folder: it is locked (flock), where the file system can do that, until the process ends, however it ends.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -44,8 +46,10 @@ class WorkFolder:
 
     Raises:
         FileExistsError: if it holds something and `resume` is False.
-        ValueError: if it holds something that is no work folder.
+        ValueError: if it holds something that is no work folder, or another run is at work there.
     """
+
+    _lock: int | None = None  # file descriptor
 
     def __init__(self, path: Path, *, resume: bool, rank: int = 0) -> None:
         self.path = path
@@ -57,8 +61,22 @@ class WorkFolder:
             if not (path / _STATE).is_file():
                 raise ValueError(f"{path} is no work folder (it has no {_STATE}): choose another one")
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"another run is at work in {path}: wait for it, or end it first") from None
+        except OSError:  # a file system without locks (NFS)
+            self.close()
         for left in path.glob("inputs.*"):  # of a run that was killed
             shutil.rmtree(left)
+
+    def close(self) -> None:
+        """Let others work there."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def check_same(self, settings: dict[str, Any], blocks: Sequence[nn.Module], data: str) -> None:
         """Note what this run is, or check that it is the one that the folder was begun with.

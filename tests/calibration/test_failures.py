@@ -129,6 +129,20 @@ def test_values_that_are_not_finite_are_told_with_their_block() -> None:
     assert notes(caught) == "This was in block 2 of 3 (calibrate)."
 
 
+def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    dense, data = model_and_data()
+
+    def begin_again(_: Progress) -> None:
+        calibrate(copy.deepcopy(dense), config(), data, work_dir=tmp_path, resume=True)
+
+    with pytest.raises(ValueError, match="another run is at work in"):
+        calibrate(copy.deepcopy(dense), config(), data, work_dir=tmp_path, on_progress=begin_again)
+    resumed = copy.deepcopy(dense)
+    calibrate(resumed, config(), data, work_dir=tmp_path, resume=True)
+    calibrate(dense, config(), data)
+    assert_same(resumed, dense)
+
+
 def test_the_report_is_json_and_complete(tmp_path: Path) -> None:
     dense, data = model_and_data()
     model = copy.deepcopy(dense)
