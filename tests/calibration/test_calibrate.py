@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aqlm_tensor import AQLMTensor, FinetuneConfig, calibrate
 from aqlm_tensor.calibration.report import Progress
+from aqlm_tensor.training import Precision
 from tests.models import config
 from tests.test_blocks import Decoder, batches, weights
 
@@ -96,7 +97,8 @@ def test_mixed_precision_tunes_as_well() -> None:
     dense, data = model_and_data()
     products: dict[str, set[torch.dtype]] = {}
     after: dict[str, float] = {}
-    for precision in ("float32", "bfloat16"):
+    settings: list[Precision] = ["float32", "bfloat16"]
+    for precision in settings:
         model, seen = copy.deepcopy(dense), products.setdefault(precision, set())
         for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
             layer.register_forward_hook(

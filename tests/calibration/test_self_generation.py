@@ -49,7 +49,8 @@ def test_windows_are_seeded_and_leave_the_mode_of_the_model_alone() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_windows_are_seeded_on_a_gpu_and_come_back() -> None:
-    model, config = llama().cuda(), GeneratedData(batch_size=2)
+    model, config = llama(), GeneratedData(batch_size=2)
+    nn.Module.cuda(model)
     one, again, other = (torch.cat(generate_windows(model, 5, 20, config, seed=seed)) for seed in (1, 1, 2))
     assert one.device.type == "cpu"
     assert torch.equal(one, again)

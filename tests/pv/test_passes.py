@@ -1,6 +1,7 @@
 """The passes of tune_pv: a product's gradients are exact to float32; a CUDA graph of passes does what they do."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_replayed_passes_do_what_passes_do(changes: dict[str, Any], monkeypatch:
     captured: list[bool] = []
     capture = GraphedPasses._capture
 
-    def counted(self: GraphedPasses, batch: Tensor) -> None:
+    def counted(self: GraphedPasses, batch: Sequence[Tensor]) -> None:
         capture(self, batch)
         captured.append(self._graph is not None)
 
