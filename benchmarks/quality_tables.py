@@ -21,15 +21,21 @@ __all__ = [
 
 
 def calibration() -> str:
-    """2x8g8 block by block."""
+    """2x8g8 block by block, and the seconds of all blocks."""
     blocks = list(official_ratios())
     lines = {
-        "fine-tuned blocks": calibrated("2x8g8+ft", "nvidia_h100_*_calibration_2.csv"),
-        "without fine-tuning (one H200)": calibrated("2x8g8", "nvidia_h200_*_calibration.csv"),
-        "official, fine-tuned, another text of the corpus": official_ratios(),
+        "fine-tuned blocks": ("2x8g8+ft", "nvidia_h100_*_calibration.csv"),
+        "without fine-tuning (one H200)": ("2x8g8", "nvidia_h200_*_calibration.csv"),
     }
-    rows = [[name, *(f"{found[k]:.3f}" if k in found else "" for k in blocks)] for name, found in lines.items()]
-    return table(["blocks quantized", *blocks], rows)
+    rows = []
+    for name, which in lines.items():
+        found = calibrated(*which)
+        cells = [f"{found[k]:.3f}" if k in found else "" for k in blocks]
+        rows.append([name, *cells, f"{calibrated(*which, 'seconds')['30']:.0f}"])
+    theirs = [f"{ratio:.3f}" for ratio in official_ratios().values()]
+    seconds = official("seconds, SmolLM2")["30"]
+    rows.append(["official, fine-tuned, another text of the corpus", *theirs, f"{seconds:.0f}"])
+    return table(["blocks quantized", *blocks, "s, all 30"], rows)
 
 
 def pipeline() -> str:

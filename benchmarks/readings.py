@@ -76,12 +76,12 @@ def over(case: dict[str, Row], peer: str) -> float:
     return float(case[peer]["p50_ms"]) / float(case[f"ours {peer.split()[1]}"]["p50_ms"])
 
 
-def calibrated(case: str, pattern: str) -> dict[str, float]:
-    """Perplexity over the dense model's by the number of quantized blocks."""
+def calibrated(case: str, pattern: str, column: str = "ratio") -> dict[str, float]:
+    """Perplexity over the dense one, or seconds, by the number of quantized blocks; the case may go on to be tuned."""
     return {
-        row["blocks"]: float(row["ratio"])
+        row["blocks"]: float(row[column])
         for row in read(pattern)
-        if row["case"] == case and row["stage"] == "calibrated"
+        if row["stage"] == "calibrated" and row["case"] in (case, f"{case}+p", f"{case}+pv")
     }
 
 
@@ -100,6 +100,4 @@ def official_ratios() -> dict[str, float]:
 
 def seconds_of_30_blocks() -> float:
     """Calibrating SmolLM2-135M whole, blocks fine-tuned, on an H100."""
-    rows = read("nvidia_h100_*_calibration_2.csv")
-    (seconds,) = (float(row["seconds"]) for row in rows if (row["case"], row["blocks"]) == ("2x8g8+ft", "30"))
-    return seconds
+    return calibrated("2x8g8+ft", "nvidia_h100_*_calibration.csv", "seconds")["30"]

@@ -63,7 +63,6 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 def test_examples(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {
         "text": TEXT,
-        "torch": torch,
         "dense_model": _dense(),
         "fresh_model": _dense(),
         "QUICK": QUICK,
