@@ -1,5 +1,6 @@
 """Checks of what the commands are given; all of them run before any long work and end with exit code 2."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from aqlm_tensor.calibration.sources import TextFile, TokenFile, read_file, toke
 from aqlm_tensor.cli.output import UsageError, phase, usage
 from aqlm_tensor.hf_model import ModelSource, UnsuitableModelError, find_model, load_model
 
-__all__ = ["held_out", "held_out_tokens", "open_model", "parse_device", "parse_dtype", "parse_rows"]
+__all__ = [
+    "check_writable",
+    "held_out",
+    "held_out_tokens",
+    "open_model",
+    "parent_of",
+    "parse_device",
+    "parse_dtype",
+    "parse_rows",
+]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +71,18 @@ def held_out_tokens(source: TextFile | TokenFile, tokenizer: Any | None, model: 
     if len(tokens) < 2:
         raise UsageError(f"{str(source.path)!r} has {len(tokens)} tokens, of which none can be predicted: pass more")
     return tokens
+
+
+def parent_of(path: Path) -> Path:
+    """The innermost folder around a path that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def check_writable(path: Path) -> None:
+    """Raise a UsageError unless a folder could be made there, or be written to if it exists."""
+    place = path if path.is_dir() else parent_of(path)
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"{str(path)!r} cannot be written: {place} is read-only for you; choose another folder")
 
 
 def open_model(

@@ -16,6 +16,7 @@ from aqlm_tensor import AQLMWeightConfig
 from aqlm_tensor.blocks import find_blocks, linears_of
 from aqlm_tensor.calibration.experts import ExpertStack, find_stacks
 from aqlm_tensor.calibration.memory_model import expert_parts
+from aqlm_tensor.cli.arguments import parent_of
 from aqlm_tensor.cli.output import UsageError, note, usage
 from aqlm_tensor.scheme import AQLMScheme
 from aqlm_tensor.targets import why_incompatible
@@ -115,7 +116,7 @@ def check_space(
     wanted = {out: dense + stored}
     if work is not None:
         wanted[work] = max(0, stored - sum(file.stat().st_size for file in work.glob("layer.*")))
-    parents = {path: next(folder for folder in path.absolute().parents if folder.exists()) for path in wanted}
+    parents = {path: parent_of(path) for path in wanted}
     for parent in parents.values():
         here = [path for path in wanted if parents[path].stat().st_dev == parent.stat().st_dev]
         needed, free = sum(wanted[path] for path in here), shutil.disk_usage(parent).free

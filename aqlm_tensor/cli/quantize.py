@@ -20,7 +20,7 @@ from aqlm_tensor.calibration.activations import PLACES
 from aqlm_tensor.calibration.finetune import check_tunable
 from aqlm_tensor.calibration.sources import Source, TextFile, TokenFile, needs_tokenizer, parse_source
 from aqlm_tensor.checkpoint_io import check_replaceable
-from aqlm_tensor.cli.arguments import held_out, held_out_tokens, open_model, parse_device
+from aqlm_tensor.cli.arguments import check_writable, held_out, held_out_tokens, open_model, parse_device
 from aqlm_tensor.cli.evaluation import Evaluation
 from aqlm_tensor.cli.fit import Fit, check_space, find_fit
 from aqlm_tensor.cli.output import UsageError, emit, note, phase, print_json, stderr, stdout, usage
@@ -167,6 +167,8 @@ def _plan(options: Options) -> _Plan:
     work = options.work
     if work is not None and not options.resume and work.exists() and any(work.iterdir()):
         raise UsageError(f"{work} holds an earlier run: go on with it with --resume, or delete it")
+    for path in (options.out, *([] if work is None else [work])):
+        check_writable(path)
     parse_device(options.device)
     return plan
 

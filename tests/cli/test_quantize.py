@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from aqlm_tensor import AQLMTensor, CalibrationReport, handler
-from aqlm_tensor.cli import output
+from aqlm_tensor.cli import arguments, output
 from aqlm_tensor.cli import quantize as quantize_command
 from aqlm_tensor.evaluate import perplexity
 from aqlm_tensor.hf_model import UnsuitableModelError, find_model, load_model, tokenize
@@ -311,6 +311,21 @@ def test_full_disk_is_found_before_the_work(folder: Path, tmp_path: Path, monkey
     assert result.exit_code == 1
     assert "not enough space" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["out", "work"])
+def test_folders_that_cannot_be_written_are_told_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    closed = tmp_path / "closed"  # rights would not stop root
+    monkeypatch.setattr(arguments.os, "access", lambda path, _: path != closed)
+    closed.mkdir()
+    where = {"out": tmp_path / "out", "work": tmp_path / "work"} | {place: closed / place}
+    options = ("--data", folder / "text.txt", "--work-dir", where["work"])
+    result = run("quantize", folder / "dense", where["out"], *QUICK, *options)
+    assert result.exit_code == 2
+    assert f"{closed} is read-only for you" in result.stderr
+    assert "loading" not in result.stderr
 
 
 def test_space_is_counted_for_what_is_kept_as_well(
