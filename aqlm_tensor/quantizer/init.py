@@ -104,8 +104,7 @@ class _Points:
         """The best centres [S, H, G] for the present clusters; those without points stay."""
         size, height, group = centres.shape
         sums = code_sums(assigned[:, None, None], size)
-        alike = self.weighted is None
-        left = sums.weighted(self.weights, self.metric.flatten(1)) if alike else sums(self.weighted)
+        left = sums.weighted(self.weights, self.metric.flatten(1)) if self.weighted is None else sums(self.weighted)
         return _solve(left.view(size, group, group), sums(self.moments).view(size, height, group), centres)
 
 

@@ -20,9 +20,11 @@ class Nearest:
 
     def __init__(self, entries: Tensor) -> None:
         backend = compiled_search(entries.device)
-        on_gpu = backend is not None and entries.device.type != "cpu" and entries.shape[1] <= _MAX_ENTRY
-        self._compiled = backend.Nearest(entries) if on_gpu else None
-        self._lowest = backend.lowest if backend is not None and entries.device.type == "cpu" else _lowest
+        self._compiled, self._lowest = None, _lowest
+        if backend is not None and entries.device.type == "cpu":  # where BLAS is best at the products
+            self._lowest = backend.lowest
+        elif backend is not None and entries.shape[1] <= _MAX_ENTRY:
+            self._compiled = backend.Nearest(entries)
         self._transposed = entries.T.contiguous()
 
     def __call__(self, linear: Tensor, column: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ spread over as many threads as torch was set to use. On other devices there is o
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,20 +27,27 @@ _MIN_CHUNK_ROWS = 64
 _THREADS: ContextVar[int] = ContextVar("aqlm_solver_threads", default=1)
 
 
-_COMPILERS = {"cpu": "numba", "cuda": "triton"}  # by type of device
+_COMPILERS = {"cpu": ("numba", "aqlm-tensor[cpu]"), "cuda": ("triton", "triton")}  # by type of device; and their names
 
 
 @cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _installed(package: str, name: str) -> bool:
+    """Whether a compiler is there; says once if it is not."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    warnings.warn(
+        f"without {package} codes are chosen by torch operations, about ten times as slowly: pip install '{name}'",
+        stacklevel=2,
+    )
+    return False
 
 
 def compiled_search(device: torch.device) -> ModuleType | None:
     """The module of compiled inner loops for a device; None where torch does all the work."""
     compiler = _COMPILERS.get(device.type)
-    if compiler is None or not _installed(compiler):
+    if compiler is None or not _installed(*compiler):
         return None
-    return importlib.import_module(f"aqlm_tensor.kernels.{compiler}_search")
+    return importlib.import_module(f"aqlm_tensor.kernels.{compiler[0]}_search")
 
 
 @contextmanager

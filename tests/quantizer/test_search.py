@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from aqlm_tensor.quantizer import search
+from aqlm_tensor.quantizer import parallel, search
 from aqlm_tensor.quantizer.hessian import descent_coupling, feedback_coupling, regularize
+from aqlm_tensor.quantizer.layer import quantize_layer
 from aqlm_tensor.quantizer.refine import refine_codebooks, row_errors
 from aqlm_tensor.quantizer.search import Coupling, gather, sweep
+from aqlm_tensor.scheme import AQLMScheme
 
 
 def random_problem(count: int, size: int, height: int, group: int, groups: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +54,18 @@ def test_back_ends_agree(count: int, size: int, height: int, group: int, monkeyp
         torch.testing.assert_close(
             cost(target, codebooks, one, metric)[same_rows], cost(target, codebooks, two, metric)[same_rows]
         )
+
+
+def test_without_a_compiler_the_search_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda _package: None)
+    parallel._installed.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"pip install 'aqlm-tensor\[cpu\]'") as told:
+            layers = [quantize_layer(torch.randn(8, 16), AQLMScheme.parse("2x2g8")) for _ in range(2)]
+        assert len(told) == 1
+    finally:
+        parallel._installed.cache_clear()
+    assert layers[0].error < 1
 
 
 @pytest.mark.parametrize(("count", "size", "height", "group"), [(1, 32, 1, 8), (2, 16, 1, 8), (2, 13, 2, 4)])
