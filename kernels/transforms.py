@@ -7,13 +7,13 @@ its tangents and what a batch of calls is; torch.func's dispatch key of the op l
 else, such as codebooks, vmap calls the op one by one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import FunctionalizeInterpreter, retrieve_current_functorch_interpreter
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 
@@ -42,7 +42,7 @@ def _product_tangent(op: OpOverload) -> Callable[..., Tensor]:
     def jvp(ctx: Any, x_tangent: Any, _: Any, books_tangent: Any, scales_tangent: Any, bias_tangent: Any = None) -> Any:
         x, codes, codebooks, scales = ctx.saved_tensors
         rest = (None,) * (len(op._schema.arguments) - 4)
-        terms = [] if bias_tangent is None else [bias_tangent]
+        terms: list[Tensor] = [] if bias_tangent is None else [bias_tangent]
         if x_tangent is not None:
             terms.append(op(x_tangent, codes, codebooks, scales, *rest))
         if books_tangent is not None:
@@ -50,7 +50,7 @@ def _product_tangent(op: OpOverload) -> Callable[..., Tensor]:
         if scales_tangent is not None:
             terms.append(op(x, codes, codebooks, scales_tangent, *rest))
         out_features = ops.weight_shape(codes, codebooks)[op is not ops.linear]
-        return sum(terms[1:], terms[0]).expand(*x.shape[:-1], out_features)
+        return functools.reduce(torch.add, terms).expand(*x.shape[:-1], out_features)
 
     return jvp
 
@@ -88,7 +88,7 @@ def _transformed(function: Function, op: OpOverload) -> Callable[..., Any]:
 
     def call(*operands: Any) -> Any:
         interpreter = retrieve_current_functorch_interpreter()
-        if interpreter.key() != TransformType.Functionalize:
+        if not isinstance(interpreter, FunctionalizeInterpreter):
             return function.apply(*operands)
         mode = FunctorchFunctionalizeAPI(interpreter)  # for which a Function has no rule; the op changes no operand
         unwrapped = mode.unwrap_tensors(operands)
