@@ -13,6 +13,7 @@ from readings import (
     official_ratios,
     over,
     read,
+    read_solver,
     seconds_of_30_blocks,
     table,
 )
@@ -105,7 +106,7 @@ def _cpu_goals() -> Iterable[list[str]]:
 
 
 def _solver_goals() -> Iterable[list[str]]:
-    layers = [row for row in read("nvidia_h100_*_solver.csv") if row["part"] == "blocks"]
+    layers = list({row["layer"]: row for row in read_solver("blocks")}.values())
     blocks = len(layers) / len(LAYERS)
     seconds = sum(float(row["seconds"]) for row in layers) / blocks
     times = official("seconds of code search")["a block"] / seconds
@@ -132,9 +133,7 @@ def _solver_goals() -> Iterable[list[str]]:
     yield _line(
         "the same after PV-tuning (H200)", f"below {found['30']:.2f}", f"{tuned:.2f}", tuned < found["30"], "1.5"
     )
-    errors = {
-        row["scheme"]: float(row["error"]) for row in read("nvidia_h100_*_solver_2.csv") if row["part"] == "gaussian"
-    }
+    errors = {row["scheme"]: float(row["error"]) for row in read_solver("gaussian")}
     yield _line(
         "Gaussian weights, 2x8g8: mean squared error", "0.098", f"{errors['2x8g8']:.4f}", errors["2x8g8"] <= 0.098
     )

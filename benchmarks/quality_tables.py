@@ -1,7 +1,7 @@
 """Tables of README.md about quantized models: perplexity, errors, seconds and memory."""
 
 from plots import smollm2_bits
-from readings import LAYERS, calibrated, official, official_ratios, read, table
+from readings import LAYERS, calibrated, official, official_ratios, read, read_solver, table
 
 from aqlm_tensor.scheme import AQLMScheme
 
@@ -96,7 +96,7 @@ def tuning() -> str:
 
 def solver() -> str:
     """Activation errors of single layers over the official solver's."""
-    found = {row["layer"]: row for row in read("nvidia_h100_*_solver.csv") if row["part"] == "blocks"}
+    found = {row["layer"]: row for row in read_solver("blocks")}
     search = official("seconds of code search")["a block"]
     rows = []
     for block in dict.fromkeys(layer.split(".")[0] for layer in found):
@@ -107,10 +107,9 @@ def solver() -> str:
 
 
 def gaussian() -> str:
-    """Mean squared error on Gaussian weights; the later file counts where both have a scheme."""
+    """Mean squared error on Gaussian weights; the latest of each scheme counts."""
     seconds = official("seconds, Gaussian")
-    rows = [row for pattern in ("_solver", "_solver_2") for row in read(f"nvidia_h100_*{pattern}.csv")]
-    found = {row["scheme"]: row for row in rows if row["part"] == "gaussian"}
+    found = {row["scheme"]: row for row in read_solver("gaussian")}
     lines = [
         ["ours", *(f"{float(row['error']):.4f}" for row in found.values())],
         ["official", *(f"{float(row['official']):.4f}" for row in found.values())],
@@ -128,8 +127,7 @@ def _rate(scheme: str) -> float:
 
 def scaling() -> str:
     """Seconds and peak memory of layers of large models."""
-    files = ("nvidia_h100_*_solver.csv", "nvidia_h100_*_solver_2.csv", "nvidia_h200_*_solver.csv")
-    rows = [row for pattern in files for row in read(pattern) if row["part"] == "scaling"]
+    rows = read_solver("scaling")
     found = {(int(row["in_features"]), int(row["out_features"]), row["scheme"]): row for row in rows}
     lines = [
         [

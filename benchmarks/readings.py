@@ -16,6 +16,7 @@ __all__ = [
     "official_ratios",
     "over",
     "read",
+    "read_solver",
     "seconds_of_30_blocks",
     "table",
 ]
@@ -31,6 +32,16 @@ def read(pattern: str) -> list[Row]:
     """Rows of the latest of the files that match."""
     with sorted(RESULTS.glob(pattern))[-1].open() as file:
         return list(csv.DictReader(file))
+
+
+def read_solver(part: str) -> list[Row]:
+    """Rows of a part of the solver's benchmark on H100 and H200, later files after earlier ones."""
+    files = [*sorted(RESULTS.glob("nvidia_h200_*_solver*.csv")), *sorted(RESULTS.glob("nvidia_h100_*_solver*.csv"))]
+    rows = []
+    for path in files:
+        with path.open() as file:
+            rows += [row for row in csv.DictReader(file) if row["part"] == part]
+    return rows
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
