@@ -15,6 +15,7 @@ __all__ = ["initial_codebooks"]
 _MIN_POINTS = 1 << 14
 _MIN_POINTS_ALONE = 1 << 20  # with one codebook later rounds are k-means too, and only slowly correct a small sample
 _MIN_POINTS_ALIKE = 1 << 22  # and with one metric for all groups the k-means here has the last word
+_QUICK_SIZE = 256  # entries; for more of them a CPU takes minutes a layer as it is
 _POINTS_PER_ENTRY = 16
 _STEP = 1.3  # of the way to each cluster's mean
 
@@ -34,7 +35,8 @@ def initial_codebooks(
         row_weights: weight of each row in the objective, [R].
         metric: metric of each group, [I / G, G, G], or one for all, [1, G, G].
         shape: of the codebooks, (K, S, H, G).
-        iterations: of k-means, for each codebook; for a single one twice as many, and eight times with one metric.
+        iterations: of k-means, for each codebook; for a single one twice as many, or eight times with one metric (on
+            the CPU only up to 256 entries).
         generator: source of the sample and of the seeds, on the CPU.
 
     Returns:
@@ -45,7 +47,8 @@ def initial_codebooks(
     total = rows * groups
     least, longer = _MIN_POINTS, 1
     if count == 1:
-        least, longer = (_MIN_POINTS_ALONE, 2) if len(metric) > 1 else (_MIN_POINTS_ALIKE, 8)
+        alike = len(metric) == 1 and (size <= _QUICK_SIZE or target.device.type != "cpu")
+        least, longer = (_MIN_POINTS_ALIKE, 8) if alike else (_MIN_POINTS_ALONE, 2)
     wanted = min(total, max(least, _POINTS_PER_ENTRY * size))
     if wanted < total:  # a draw may repeat; a permutation of hundreds of millions would take seconds
         picked = torch.randint(total, (wanted,), generator=generator)

@@ -15,7 +15,7 @@ class SolverConfig:
             initialisation). More rounds lower the error; time grows in proportion.
         relative_tolerance: stop when a round lowers the weighted error by less than this fraction of it (0 to 1).
         kmeans_iterations: iterations of k-means per codebook in the initialisation; a single codebook gets twice as
-            many, without data eight times.
+            many, without data eight times (on the CPU only with up to 256 entries).
         conjugate_gradient_steps: least-squares steps per codebook update; each costs about as much as a product of the
             weight with the Hessian.
         beam_width: codes of one codebook kept when two codebooks are searched jointly. Codebooks of up to 256 entries
