@@ -126,7 +126,8 @@ def finetune_block(
     held_out = config.held_out(batches)
     order = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), _trained_in_float32(block) as parameters:
-        passes = _Passes(block, calls, index, targets, config.precision, parameters, replayed=ranks.size == 1)
+        passes = _Passes(calls, index, targets, config.precision, parameters)
+        graph = None if ranks.size > 1 else passes.graph(gpu_of([block]))  # NCCL's own threads may disturb a capture
 
         def validate() -> float:
             own = {batch: passes.error(place) for place, batch in enumerate(ranks.mine(batches)) if batch in held_out}
@@ -141,7 +142,7 @@ def finetune_block(
         for _ in range(config.epochs):
             for step in _steps(held_out.start, config.batches_per_step, order):
                 places = {batch: ranks.mine(batches).index(batch) for batch in step if ranks.owner(batch) == ranks.rank}
-                own = {batch: passes.gradient(place) for batch, place in places.items()}
+                own = {batch: passes.gradient(place, graph) for batch, place in places.items()}
                 _set_mean_gradient(parameters, own, step, ranks)
                 optimizer.step()
                 schedule.step()
@@ -163,34 +164,36 @@ class _Passes:
 
     def __init__(
         self,
-        block: nn.Module,
         calls: BlockCalls,
         index: int,
         targets: Sequence[Tensor],
         precision: Precision,
         parameters: Sequence[nn.Parameter],
-        *,
-        replayed: bool,
     ) -> None:
         self._call, self._inputs, self._targets = functools.partial(calls.run, index), calls.inputs, targets
         self._precision: Precision = precision
         self._parameters = parameters
-        self._graphed: GraphedPasses | None = None
-        gpu = gpu_of([block]) if replayed else None
-        if gpu is not None:
-            shapes = [self._inputs[0].shape, targets[0].shape]
-            self._graphed = GraphedPasses(functools.partial(self._gradient, 0), list, shapes, gpu, 1)
-            self._alike = [calls.alike(index, 0, place) for place in range(len(self._inputs))]
+        self._alike = [calls.alike(index, 0, place) for place in range(len(self._inputs))]
+
+    def graph(self, gpu: torch.device | None) -> GraphedPasses | None:
+        """Replays passes over batches for which the block is called like for the first one, if there is a GPU.
+
+        It is not kept here: it would hold all activations in a cycle of references.
+        """
+        if gpu is None:
+            return None
+        shapes = [self._inputs[0].shape, self._targets[0].shape]
+        return GraphedPasses(functools.partial(self._gradient, 0), list, shapes, gpu, 1)
 
     def error(self, place: int) -> float:
         """Of the block's output for a batch."""
         with torch.no_grad():
             return float(self._error(place, self._inputs[place], self._targets[place]))
 
-    def gradient(self, place: int) -> Tensor:
+    def gradient(self, place: int, graph: GraphedPasses | None) -> Tensor:
         """Of a batch's error, for all parameters one after another."""
-        if self._graphed is not None and self._alike[place]:
-            return self._graphed(self._inputs[place], self._targets[place])
+        if graph is not None and self._alike[place]:
+            return graph(self._inputs[place], self._targets[place])
         return self._gradient(place, self._inputs[place], self._targets[place])
 
     def _error(self, place: int, hidden: Tensor, target: Tensor) -> Tensor:

@@ -227,6 +227,7 @@ class _Run:
                     self.on_round(self.rounds[-1])
         finally:
             self._restore()
+            self.passes.replayed = None  # in a cycle of references, it would hold its memory for longer
         return PVReport(
             self.loss_before, self.best_loss, tuple(self.rounds), self._changed(), self.seconds, self._peak()
         )

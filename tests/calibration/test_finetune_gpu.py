@@ -1,5 +1,6 @@
 """Fine-tuning of blocks on a GPU: passes replayed as a CUDA graph do what passes do, and those that cannot are run."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,19 @@ def test_passes_are_replayed(precision: str, monkeypatch: pytest.MonkeyPatch) ->
     assert [block.error_after for block in report.blocks] == [block.error_after for block in expected.blocks]
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_activations_are_not_kept() -> None:
+    """They are gone when a block is done, not when the garbage collector comes by."""
+    tuned(lambda: token_ids(4))
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        tuned(lambda: token_ids(4))
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
 
 
 def test_batches_that_are_called_otherwise_are_run() -> None:
