@@ -133,11 +133,14 @@ def language_model(source: ModelSource) -> tuple[Any, Any]:
 
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True, **options)
-    tables = (
+    classes: dict[str, Any] = {}
+    for table, auto in (
         (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
         (transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING, transformers.AutoModelForMultimodalLM),
-    )
-    classes = {table[type(config)].__name__: auto for table, auto in tables if type(config) in table}
+    ):
+        if type(config) in table:
+            made: Any = table[type(config)]
+            classes.setdefault(made.__name__, auto)
     named = next(iter(config.architectures or classes), config.model_type)
     if classes and named.lower().endswith(("forcausallm", "lmheadmodel")):
         named = named if named in classes else next(iter(classes))  # an older spelling
@@ -232,8 +235,8 @@ def save_model(
             save(model, temporary, force=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        for pattern in _PROCESSOR_FILES if source is not None else ():
-            for file in source.folder.glob(pattern):
+        if source is not None:
+            for file in [file for pattern in _PROCESSOR_FILES for file in source.folder.glob(pattern)]:
                 shutil.copy(file, temporary)
         # save_pretrained would refuse settings that it finds doubtful, after all the work
         model.generation_config.to_json_file(temporary / "generation_config.json")

@@ -38,7 +38,7 @@ class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shared, adapters = nn.Linear(32, 32).weight, [nn.Linear(32, 32).weight for _ in range(4)]
+        shared, *adapters = (nn.Parameter(torch.randn(32, 32) / 6) for _ in range(5))
         self.embedding = nn.Embedding(50, 32)
         self.blocks = nn.Sequential(*(Block(shared, adapters, index) for index in range(3)))
 
