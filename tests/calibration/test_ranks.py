@@ -152,8 +152,9 @@ def killed_together_and_resumed_alone(rank: int, folder: Path) -> None:
     assert report.run is not None
     assert report.run.resumed
     dist.barrier()
-    calibrate(alone, config(), data, finetune=TUNING, work_dir=folder, resume=True)
-    assert_same(again, alone)
+    if rank == 0:  # one run at a time works in a folder
+        calibrate(alone, config(), data, finetune=TUNING, work_dir=folder, resume=True)
+        assert_same(again, alone)
 
 
 CASES = [
