@@ -4,7 +4,8 @@ A block is on the device with its inputs, the X^T X of its layers, and what the 
 needs most: factorising X^T X in float64 takes 4 float32 matrices [I, I] and some columns of them, the search 2 of those
 and 5.5 of the weight's size, and a codebook of 2^16 entries some more. These factors were measured on H100 and H200
 (layers of 4096x4096 to 8192x28672); the largest phase of blocks of a 7B shape took within 1 % of what is predicted
-here, the others within 3 %, but for fine-tuning, which took 12 % more.
+here, the others within 3 %. Fine-tuning took 15 % more than was predicted when it still computed in float32, and was
+not measured by itself since.
 
 Of a stack of experts each one has an X^T X of its own, and all of these are there until the last expert of the stack is
 solved. Several processes share the batches and the layers to be solved; each has the block and every X^T X that it
@@ -40,7 +41,9 @@ __all__ = [
 ]
 
 _FLOAT = 4
+_HALF = 2
 _PLACE = 8  # bytes
+_GRADIENT = 14  # bytes for each weight of a layer: its decoded gradient in 16 bits and 32, and products of that
 _FACTORISING = (4, 16384)  # float32 matrices [I, I], and bytes for each I: 512 columns at a time
 _SEARCH = (2, 5.5)  # float32 matrices [I, I], and copies of the weight in float32
 _BYTES_PER_ENTRY = 10_000  # of k-means
@@ -232,13 +235,14 @@ class _BlockMemory:
         weights = sum(layer.weight.numel() for layer in layers)  # decoded, kept for the backward pass like the places
         scheme, largest = self.scheme, max(layer.weight.numel() for layer in layers)
         places = _PLACE * scheme.num_codebooks * weights // (scheme.in_group_size * scheme.out_group_size)  # of codes
-        # kept for the backward pass
+        # kept for the backward pass, which computes in 16 bits and adds in 32
         features = sum(group[0].in_features for group in shared_inputs(self.block, layers)) + 4 * _width(self.block)
         features += sum(layer.out_features for layer in layers)
         for stack in stacks:
             rows, inputs = stack.weight.shape[1:]
             features += (2 * rows + inputs) * used_experts(stack)
-        return left + _FLOAT * (weights + largest + self.batch_tokens * (features + 2 * self._widest())) + places
+        kept = _HALF * (weights + self.batch_tokens * features)
+        return left + kept + places + _GRADIENT * largest + _FLOAT * self.batch_tokens * 2 * self._widest()
 
     def _widest(self) -> int:
         """Of what a layer reads and writes."""

@@ -2,10 +2,10 @@
 
 The layer solver is counted by its float32 products, its search of pairs of codes and the launches of a round; the rest
 by products, the memory that sums touch, and launches. The constants were measured on one H100 with torch 2.11. With
-them layers of 4096x4096, 4096x14336 and 8192x28672 come out within 16 % of what they took (0.77, 2.6 and 13.8 s), one
-of 4096x4096 with a codebook of 2^16 entries within 2 % of 11.1 s, and SmolLM2-135M with fine-tuning (which the
-launches of a step were fitted to) within 2 % of 96 s. Fine-tuning of large models rests on one short run of a 7B block
-and may be off by half. On another GPU take the ratio of float32 products a second.
+them layers of 4096x4096, 4096x14336 and 8192x28672 come out within 16 % of what they took (0.77, 2.6 and 13.8 s), the
+first two with a codebook of 2^16 entries within 2 % of 4.0 and 5.8 s, SmolLM2-135M with fine-tuning within 6 % of 60 s,
+and fine-tuning of two 8B blocks within 10 % of 8.1 s; the last two sets of constants were fitted to these runs. Where
+early stopping ends fine-tuning it takes less. On another GPU take the ratio of float32 products a second.
 
 Of several processes the one with most to do counts, and not the time in which they send each other sums and layers.
 """
@@ -36,16 +36,16 @@ __all__ = ["estimate_seconds", "layer_seconds"]
 _PRODUCTS = 48e12  # floating point operations a second in float32
 _HALF_PRODUCTS = 250e12  # the same of forward passes in 16 bits, attention included
 _PAIRS = 5.7e12  # of entries of two codebooks, compared in a second
-_ENTRIES = 2.3e12  # of a codebook that is searched alone
-_DISTANCES = 1.1e11  # of k-means
+_ENTRIES = 5.8e12  # of a codebook that is searched alone
+_DISTANCES = 3.4e11  # of k-means
 _BYTES = 2.5e12  # read and written in a second
 _GROUP = 35e-6  # s: the search of one group, however few rows there are
 _ROUND = 9e-3  # s: the launches of a round
 _LAYER = 30e-3  # s: what every layer takes
 _PASS = 3e-3  # s: the launches of a block's forward pass
 _EXPERT = 1e-3  # s: the launches of one expert in a pass in which X^T X is added up
-_STEP = 9e-3  # s: the launches of a step of fine-tuning
-_DECODING = 0.5e-9  # s a weight: decoding and gathering gradients in a step of fine-tuning
+_STEP = 2.5e-3  # s: the launches of a step of fine-tuning, replayed, and its optimizer
+_DECODING = 0.005e-9  # s a weight: decoding and gathering gradients in a step of fine-tuning
 _STARTING = 8.0  # s: kernels are compiled
 
 
@@ -133,7 +133,7 @@ def _tuning_seconds(
 ) -> float:
     """Of a block with so many decoded weights, and so many that a token is multiplied with."""
     held_out = config.held_out(batches)
-    product = 2 * batch_tokens * active / _PRODUCTS
+    product = 2 * batch_tokens * active / _HALF_PRODUCTS
     training = _STEP + 3 * product + _DECODING * weights
     validating = max(_PASS, product) + _DECODING * weights / 2
     together = math.ceil(config.batches_per_step / processes) / config.batches_per_step  # passes one after another
