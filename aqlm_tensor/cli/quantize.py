@@ -106,14 +106,17 @@ class _Plan:
 
 def run(options: Options) -> None:
     """Quantize a model on disk to a new folder; see `aqlm-tensor quantize --help`."""
-    start = time.monotonic()
     plan = _plan(options)
-    group, device = join_ranks(options.device, options.by_block)
-    options, ranks = replace(options, device=device), Ranks(group)
+    with _joined(options.device, options.by_block) as (group, device):
+        _run(replace(options, device=device), plan, group)
+
+
+def _run(options: Options, plan: _Plan, group: Any) -> None:
+    start, ranks = time.monotonic(), Ranks(group)
     if options.shard:
         check_shard(options.tune, ranks)
     # block by block, one block at a time goes to the device
-    home = "cpu" if options.by_block else device
+    home = "cpu" if options.by_block else options.device
     model, tokenizer = open_model(plan.source, None, options.dtype, home, needs_tokenizer=plan.needs_tokenizer)
     if tokenizer is None:
         note(f"{plan.source} holds no tokenizer, so {options.out} will not, either", style="yellow")
@@ -121,7 +124,7 @@ def run(options: Options) -> None:
     measured = None
     if plan.held_out is not None and ranks.rank == 0:
         measured = held_out_tokens(plan.held_out, tokenizer, model)
-    evaluated = Evaluation(model, measured, options.eval_seqlen, options.eval_every, device)
+    evaluated = Evaluation(model, measured, options.eval_seqlen, options.eval_every, options.device)
     kept = None if options.work is None else Kept(options.work)
     prepared = _prepare(options, plan, model, tokenizer, ranks, kept)
     with _resumable(options.work):
@@ -300,10 +303,12 @@ def _save(
             (out / "allocation.json").write_text(allocation + "\n", encoding="utf-8")
 
 
-def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
+@contextlib.contextmanager
+def _joined(device: str, by_block: bool) -> Iterator[tuple[Any, str]]:
     """The process group and this rank's device, if torchrun started this process; only the first rank speaks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None, device
+        yield None, device
+        return
     if not by_block:
         raise UsageError("several processes (torchrun) share the work block by block only: pass --data")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
@@ -312,7 +317,8 @@ def join_ranks(device: str, by_block: bool) -> tuple[Any, str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    return dist.group.WORLD, device
+    yield dist.group.WORLD, device
+    dist.destroy_process_group()  # not after an error: it might wait for ranks that are gone
 
 
 @contextlib.contextmanager
