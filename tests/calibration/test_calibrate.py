@@ -4,6 +4,7 @@ import copy
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,10 +101,13 @@ def test_mixed_precision_tunes_as_well() -> None:
     settings: list[Precision] = ["float32", "bfloat16"]
     for precision in settings:
         model, seen = copy.deepcopy(dense), products.setdefault(precision, set())
+
+        def see(_layer: nn.Module, _inputs: Any, output: Tensor, seen: set[torch.dtype] = seen) -> None:
+            if output.requires_grad:
+                seen.add(output.dtype)
+
         for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-            layer.register_forward_hook(
-                lambda _module, _inputs, output, seen=seen: seen.add(output.dtype) if output.requires_grad else None
-            )
+            layer.register_forward_hook(see)
         report = calibrate(model, config("2x2g8"), data, finetune=replace(TUNING, precision=precision))
         assert all(block.error_after < block.error_before for block in report.blocks)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
