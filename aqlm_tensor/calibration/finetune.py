@@ -171,9 +171,10 @@ class _Passes:
         parameters: Sequence[nn.Parameter],
     ) -> None:
         self._call, self._inputs, self._targets = functools.partial(calls.run, index), calls.inputs, targets
+        self._like_first = functools.partial(calls.alike, index, 0)
         self._precision: Precision = precision
         self._parameters = parameters
-        self._alike = [calls.alike(index, 0, place) for place in range(len(self._inputs))]
+        self._replayed: list[bool] = []  # by place, once there is a graph
 
     def graph(self, gpu: torch.device | None) -> GraphedPasses | None:
         """Replays passes over batches for which the block is called like for the first one, if there is a GPU.
@@ -182,6 +183,7 @@ class _Passes:
         """
         if gpu is None:
             return None
+        self._replayed = list(map(self._like_first, range(len(self._inputs))))
         shapes = [self._inputs[0].shape, self._targets[0].shape]
         return GraphedPasses(functools.partial(self._gradient, 0), list, shapes, gpu, 1)
 
@@ -192,7 +194,7 @@ class _Passes:
 
     def gradient(self, place: int, graph: GraphedPasses | None) -> Tensor:
         """Of a batch's error, for all parameters one after another."""
-        if graph is not None and self._alike[place]:
+        if graph is not None and self._replayed[place]:
             return graph(self._inputs[place], self._targets[place])
         return self._gradient(place, self._inputs[place], self._targets[place])
 
